@@ -1,0 +1,94 @@
+# Every target sets itself up, from Python >= 3.10, a C compiler and make; a second run starts at once.
+#
+#   make demo       a small model decodes a few dozen requests out of one arena     ARGS="--requests 40"
+#   make test       the tests, against the installed package                        TESTS=tests/test_spec.py ARGS="-k itemsize"
+#   make bench      the benchmarks, compared with the committed baseline
+#   make docs       the manual, warnings are errors: docs/_build/html
+#   make lint       ruff, cython-lint, Cython's performance hints, stubs
+#   make coverage   the tests on a build with line tracing; less than 95 % fails
+#   make sanitize   the tests on a build with AddressSanitizer and UBSan
+#   make dist       sdist, and the wheel made from it: dist/
+#   make dist-check the tests of the unpacked sdist, on sdist and wheel, each in an empty environment
+#   make inplace    native modules beside their sources, for work on the package
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+TESTS ?= tests
+
+ROOT := $(CURDIR)
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+SOURCES := pyproject.toml setup.py MANIFEST.in LICENSE \
+	$(wildcard kvcache/*.py kvcache/*.pyx kvcache/*.pxd kvcache/*.pyi kvcache/*.h kvcache/py.typed)
+# The tests see the installed package only: nothing beside them is called kvcache.
+PYTEST = cd $(VENV) && $(BIN)/pytest -c $(ROOT)/pyproject.toml --rootdir $(ROOT)
+SCRATCH_FILES = kvcache tests docs README.md pyproject.toml setup.py
+
+.PHONY: demo test bench docs lint coverage sanitize dist dist-check inplace clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.demo
+	$(BIN)/kvcache demo $(ARGS)
+
+test: $(VENV)/.test
+	$(PYTEST) $(addprefix $(ROOT)/,$(TESTS)) $(ARGS)
+
+bench: $(VENV)/.bench
+	$(BIN)/python bench/run.py $(ARGS)
+
+docs: $(VENV)/.docs
+	$(BIN)/sphinx-build -n -W --keep-going -q docs docs/_build/html $(ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/cython-lint kvcache tests
+	$(BIN)/python .ci/hints.py
+	cd $(VENV) && bin/python $(ROOT)/.ci/stubs.py
+
+dist: dist/.made
+
+# ---- environments: one, with what each target needs added when it first runs
+
+$(VENV)/.python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip build
+	touch $@
+
+dist/.made: $(SOURCES) | $(VENV)/.python
+	rm -rf dist && $(BIN)/python -m build --outdir dist . >build.log 2>&1 || { cat build.log; exit 1; }
+	mv build.log dist/ && touch $@
+
+$(VENV)/.package: dist/.made
+	$(PIP) install --force-reinstall --no-deps dist/*.whl
+	touch $@
+
+$(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.docs $(VENV)/.lint: $(VENV)/.%: $(VENV)/.package
+	$(PIP) install "$$(echo dist/*.whl)[$*]"
+	touch $@
+
+# ---- builds of their own, away from the sources
+
+coverage: $(VENV)/.test
+	rm -rf build/coverage && mkdir -p build/coverage
+	cp -r $(SCRATCH_FILES) build/coverage/ && rm -f build/coverage/kvcache/*.so build/coverage/kvcache/*.c
+	cd build/coverage && KVCACHE_TRACE=1 $(BIN)/python setup.py -q build_ext --inplace
+	cd build/coverage && $(BIN)/python -m pytest --cov --cov-report=term --cov-report=html:html $(TESTS) $(ARGS)
+
+sanitize: $(VENV)/.test
+	rm -rf build/sanitize && mkdir -p build/sanitize
+	cp -r $(SCRATCH_FILES) build/sanitize/ && rm -f build/sanitize/kvcache/*.so build/sanitize/kvcache/*.c
+	cd build/sanitize && KVCACHE_SANITIZE=1 $(BIN)/python setup.py -q build_ext --inplace
+	cd build/sanitize && LD_PRELOAD=$$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+		$(BIN)/python -m pytest $(TESTS) $(ARGS)
+
+dist-check: dist/.made
+	PYTHON=$(PYTHON) .ci/dist-check dist $(ARGS)
+
+inplace: $(VENV)/.lint
+	$(BIN)/python setup.py -q build_ext --inplace
+
+clean:
+	rm -rf build dist docs/_build *.egg-info kvcache/*.c kvcache/*.so
