@@ -16,6 +16,7 @@ RANKS = {
     "cli": 5,
     "mlx_lm": 5,
     "demo": 4,
+    "demo_view": 4,
     "cache": 3,
     "arena": 2,
     "memory": 2,
@@ -32,6 +33,7 @@ RANKS = {
     "_writes": 1,
     "_lock": 0,
     "_moves": 0,
+    "_version": 0,
     "errors": 0,
     "spec": 0,
 }
