@@ -1,0 +1,38 @@
+"""kvcache: the memory manager for the key/value caches of language-model inference."""
+
+from kvcache._alloc import Allocation, BlockAllocator, BlockRun
+from kvcache.cache import DecodeBatch, KVCache
+from kvcache.errors import (
+    CacheClosed,
+    CacheFull,
+    CacheHeld,
+    InvalidFree,
+    KVCacheError,
+    RequestTooLarge,
+    SequenceExists,
+    UnknownSequence,
+)
+from kvcache.spec import KVCacheSpec, LayerSpec, PlaneSpec
+from kvcache.stats import CacheStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Allocation",
+    "BlockAllocator",
+    "BlockRun",
+    "CacheClosed",
+    "CacheFull",
+    "CacheHeld",
+    "CacheStats",
+    "DecodeBatch",
+    "InvalidFree",
+    "KVCache",
+    "KVCacheError",
+    "KVCacheSpec",
+    "LayerSpec",
+    "PlaneSpec",
+    "RequestTooLarge",
+    "SequenceExists",
+    "UnknownSequence",
+]

@@ -1,0 +1,1032 @@
+"""The door of the native rooms: converts, checks, calls one function without the GIL, translates its status.
+
+Nothing that could run Python happens under the allocator's lock, except in `check` and dumps, which say so to the
+lock; and nobody waits for the lock while holding the GIL.
+"""
+
+import sys
+
+import cython
+import numpy as np
+
+from libc.stdint cimport INT32_MAX, INT64_MAX, int32_t, int64_t
+
+from kvcache._blocks cimport (
+    block_is_free,
+    block_map,
+    blocks_destroy,
+    blocks_init,
+    check_blocks,
+    gap_at,
+    gap_for,
+    give_run,
+    largest_free_run,
+    take_run,
+)
+from kvcache._calls cimport wait_for_holds
+from kvcache._check cimport check_pool
+from kvcache._copy cimport copier_move
+from kvcache._ids cimport as_count, as_token, as_tokens, is_count
+from kvcache._lock cimport (
+    kv_lock,
+    kv_lock_destroy,
+    kv_lock_init,
+    kv_lock_is_mine,
+    kv_lock_runs_python,
+    kv_lock_try,
+    kv_unlock,
+)
+from kvcache._placement cimport hot_t, seq_t
+from kvcache._sequences cimport (
+    BELOW_USED,
+    BUSY,
+    CLOSED,
+    GONE,
+    HELD,
+    MOVE_FAILED,
+    NO_MEMORY,
+    NO_ROOM,
+    OK,
+    PAST_LIMIT,
+    STALE,
+    admit,
+    append,
+    ceil_div,
+    committed_tokens,
+    cut,
+    defer_free,
+    is_live,
+    is_shared,
+    mark_written,
+    place_of,
+    pool_destroy,
+    pool_init,
+    pool_unlock,
+    retire,
+    slot_of,
+    split,
+    used_blocks,
+)
+from kvcache._writes cimport own_and_span, write_spans
+
+from kvcache.errors import (
+    CacheClosed,
+    CacheFull,
+    CacheHeld,
+    InvalidFree,
+    KVCacheError,
+    RequestTooLarge,
+    SequenceExists,
+    UnknownSequence,
+)
+
+cdef enum:
+    RUN_MARK = 0x40000000  # in a run's label, where a gap has a block id: ids are smaller
+
+
+# ---- runs of blocks
+
+@cython.final
+cdef class BlockRun:
+    """BlockRun(start, length)
+    --
+
+    Blocks [start, start + length) as `BlockAllocator.allocate` gave them.
+
+    Runs compare by start, length and generation. One built by hand has generation 0 and is never live.
+    """
+
+    def __cinit__(self, start, length, generation=0):
+        self.start = as_count(start, "start", 0)
+        self.length = as_count(length, "length", 1)
+        self.generation = as_count(generation, "generation", 0)
+
+    def __eq__(self, other):
+        if not isinstance(other, BlockRun):
+            return NotImplemented
+        return (self.start == (<BlockRun>other).start and self.length == (<BlockRun>other).length
+                and self.generation == (<BlockRun>other).generation)
+
+    def __hash__(self):
+        return hash((self.start, self.length, self.generation))
+
+    def __repr__(self):
+        return f"BlockRun(start={self.start}, length={self.length}, generation={self.generation})"
+
+    def __reduce__(self):
+        return BlockRun, (self.start, self.length, self.generation)
+
+
+cdef class BlockAllocator:
+    """BlockAllocator(num_blocks)
+    --
+
+    Contiguous runs of blocks out of a pool of `num_blocks` (1 to 2**30 - 1), from any thread.
+
+    Raises
+    ------
+    ValueError
+        `num_blocks` is out of range.
+    MemoryError
+        The bookkeeping (about 12 bytes a block) cannot be had.
+    """
+
+    def __cinit__(self, num_blocks):
+        cdef int64_t count = as_count(num_blocks, "num_blocks", 1)
+        if count >= RUN_MARK:
+            raise ValueError(f"num_blocks must be below {RUN_MARK}, not {num_blocks}")
+        if kv_lock_init(&self.lock) or blocks_init(&self.blocks, count, True):
+            raise MemoryError(f"no memory for the bookkeeping of {num_blocks} blocks")
+
+    def __dealloc__(self):
+        blocks_destroy(&self.blocks)
+        kv_lock_destroy(&self.lock)
+
+    cdef void take_lock(self) noexcept:
+        if not kv_lock_try(&self.lock):
+            with nogil:
+                kv_lock(&self.lock)
+
+    def allocate(self, n):
+        """allocate($self, n, /)
+        --
+
+        A run of `n` blocks, or None where no gap is so long.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `n` is not an int, or less than 1.
+        """
+        cdef int64_t length = as_count(n, "n", 1)
+        cdef int64_t start
+        cdef BlockRun run = BlockRun.__new__(BlockRun, 0, 1)
+        self.take_lock()
+        start = gap_for(&self.blocks, length)
+        if start >= 0:
+            take_run(&self.blocks, start, start, length)
+            self.label(start, length)
+            run.start, run.length, run.generation = start, length, self.generation
+        kv_unlock(&self.lock)
+        return run if start >= 0 else None
+
+    cdef void label(self, int64_t start, int64_t length) noexcept nogil:
+        """Gives a run its generation, which is what `require_live` looks for."""
+        self.generation += 1
+        self.blocks.cells[start].length = <int32_t>length
+        self.blocks.cells[start].a = <int32_t>self.generation
+        self.blocks.cells[start].b = <int32_t>(RUN_MARK | self.generation >> 32)
+
+    cdef int require_live(self, BlockRun run) except -1:
+        """Under the lock, which is given up before the error is made."""
+        cdef bint live = False
+        if run.generation and run.start < self.blocks.num_blocks and not block_is_free(&self.blocks, run.start):
+            live = (self.blocks.cells[run.start].length == run.length
+                    and self.blocks.cells[run.start].a == <int32_t>run.generation
+                    and self.blocks.cells[run.start].b == <int32_t>(RUN_MARK | run.generation >> 32))
+        if live:
+            return 0
+        kv_unlock(&self.lock)
+        raise InvalidFree(start=run.start, length=run.length, reason="is not a live run of this pool")
+
+    def extend(self, BlockRun run not None, n):
+        """extend($self, run, n, /)
+        --
+
+        The run with `n` more blocks, in place, or None where they are not free. Afterwards only the new run is live.
+
+        Raises
+        ------
+        InvalidFree
+            `run` is not live.
+        TypeError, ValueError
+            `n` is not an int, or less than 1.
+        """
+        cdef int64_t more = as_count(n, "n", 1)
+        cdef int64_t end
+        cdef BlockRun longer = BlockRun.__new__(BlockRun, 0, 1)
+        self.take_lock()
+        self.require_live(run)
+        end = run.start + run.length
+        if gap_at(&self.blocks, end) < more:
+            longer = None
+        else:
+            take_run(&self.blocks, end, end, more)
+            self.label(run.start, run.length + more)
+            longer.start, longer.length, longer.generation = run.start, run.length + more, self.generation
+        kv_unlock(&self.lock)
+        return longer
+
+    def free(self, BlockRun run not None):
+        """free($self, run, /)
+        --
+
+        Gives a run back.
+
+        Raises
+        ------
+        InvalidFree
+            `run` is not live exactly as given: freed before, extended since, part of a run, another pool's, built
+            by hand. Nothing has changed then.
+        """
+        self.take_lock()
+        self.require_live(run)
+        self.blocks.cells[run.start].b = 0
+        give_run(&self.blocks, run.start, run.length)
+        kv_unlock(&self.lock)
+
+    @property
+    def num_blocks(self):
+        """Blocks of the pool."""
+        return self.blocks.num_blocks
+
+    @property
+    def free_blocks(self):
+        """Blocks in no run."""
+        return self.blocks.free_blocks
+
+    @property
+    def used_blocks(self):
+        """Blocks in runs."""
+        return self.blocks.num_blocks - self.blocks.free_blocks
+
+    @property
+    def largest_free_run(self):
+        """Blocks of the longest gap."""
+        self.take_lock()
+        longest = largest_free_run(&self.blocks)
+        kv_unlock(&self.lock)
+        return longest
+
+    @property
+    def fragmentation(self):
+        """``1 - largest_free_run / free_blocks``; 0.0 when nothing is free."""
+        self.take_lock()
+        cdef int64_t longest = largest_free_run(&self.blocks)
+        cdef int64_t there = self.blocks.free_blocks
+        kv_unlock(&self.lock)
+        return fragmentation_of(longest, there)
+
+    def dump_block_map(self, file=None, width=64):
+        """dump_block_map($self, /, file=None, width=64)
+        --
+
+        Writes the numbers and a map of the blocks, `width` to a row, to `file` (standard output by default).
+        """
+        cdef int64_t columns = as_count(width, "width", 1)
+        self.take_lock()
+        cdef int64_t there = self.blocks.free_blocks
+        cdef int64_t longest = largest_free_run(&self.blocks)
+        kv_lock_runs_python(&self.lock, True)
+        rows = block_map(&self.blocks, columns)
+        kv_lock_runs_python(&self.lock, False)
+        kv_unlock(&self.lock)
+        print(block_map_text(self.blocks.num_blocks, there, longest, rows), file=sys.stdout if file is None else file)
+
+    def check(self):
+        """check($self, /)
+        --
+
+        Walks every structure.
+
+        Raises
+        ------
+        KVCacheError
+            Naming the first thing that is wrong.
+        """
+        self.take_lock()
+        kv_lock_runs_python(&self.lock, True)
+        wrong = check_blocks(&self.blocks)
+        kv_lock_runs_python(&self.lock, False)
+        kv_unlock(&self.lock)
+        if wrong is not None:
+            raise KVCacheError(wrong)
+
+
+cdef double fragmentation_of(int64_t longest, int64_t there) noexcept:
+    return 1.0 - <double>longest / <double>there if there else 0.0
+
+
+cdef str block_map_text(int64_t total, int64_t there, int64_t longest, str rows):
+    indented = "\n".join(["    " + row for row in rows.split("\n")])
+    return (f"KVBlockAllocator State:\n  Total blocks: {total}\n  Used: {total - there} Free: {there}\n"
+            f"  Fragmentation: {fragmentation_of(longest, there):.2f}\n"
+            f"  Block map (. = free, X = used):\n{indented}")
+
+
+# ---- sequences
+
+@cython.final
+@cython.freelist(256)
+cdef class Allocation:
+    """Allocation(request_id, tokens, max_tokens, cached_tokens)
+    --
+
+    What has been granted: a record, which stays as it is whatever becomes of the sequence.
+
+    Attributes
+    ----------
+    request_id : hashable
+    tokens : int
+        Tokens of the prompt; of a fork, the parent's used tokens.
+    max_tokens : int
+        The limit, in tokens in total.
+    cached_tokens : int
+        Leading tokens whose K/V are in place already; of a fork, what the parent had committed.
+    """
+
+    def __cinit__(self, request_id, tokens, max_tokens, cached_tokens):
+        self.request_id = request_id
+        self.tokens = tokens
+        self.max_tokens = max_tokens
+        self.cached_tokens = cached_tokens
+
+    def _fields(self):
+        return self.request_id, self.tokens, self.max_tokens, self.cached_tokens
+
+    def __eq__(self, other):
+        if not isinstance(other, Allocation):
+            return NotImplemented
+        return self._fields() == other._fields()
+
+    def __hash__(self):
+        return hash(self._fields())
+
+    def __repr__(self):
+        return (f"Allocation(request_id={self.request_id!r}, tokens={self.tokens}, max_tokens={self.max_tokens}, "
+                f"cached_tokens={self.cached_tokens})")
+
+    def __reduce__(self):
+        return Allocation, self._fields()
+
+
+cdef Allocation new_record(object request_id, int64_t tokens, int64_t limit):
+    return Allocation.__new__(Allocation, request_id, tokens, limit, 0)
+
+
+cdef handle_t handle_of(CacheCore cache, object request_id) except 0:
+    """For native engines: the handle of a live sequence; `UnknownSequence` if there is none."""
+    return cache.find(request_id).handle
+
+
+cdef class Hold:
+    """While it is open, nothing moves and nothing that is held is overwritten. Made by `KVCache.hold`."""
+
+    cdef CacheCore cache
+
+    def __cinit__(self, CacheCore cache):
+        self.cache = cache
+
+    def __enter__(self):
+        cdef status_t status
+        self.cache.before_waiting()
+        with nogil:
+            status = pool_hold(&self.cache.pool)
+        self.cache.answer(status, None)
+        return self
+
+    def __exit__(self, *exception):
+        cdef status_t status
+        with nogil:
+            status = pool_release(&self.cache.pool)
+        if status != OK:
+            raise KVCacheError("this thread does not hold the cache: leave a hold in the thread that entered it")
+
+
+cdef class CacheCore:
+    """The bookkeeping of a cache: which sequence holds which blocks, and what it may still ask for."""
+
+    def __init__(self, num_blocks, block_size, *, paged, overcommit, num_marks, copier=None):
+        """`copier` moves the bytes (None: there are none); `num_marks` written prefixes are kept per sequence."""
+        cdef double budget
+        if self.opened:
+            raise KVCacheError("a cache is made once: __init__ has been called before")
+        budget = <double>overcommit * <double>num_blocks
+        self.ids = {}
+        self.arena_tokens = <int64_t>num_blocks * <int64_t>block_size
+        self.opened = True
+        if pool_init(&self.pool, num_blocks, block_size, paged,
+                     INT64_MAX >> 1 if budget >= 4e18 else <int64_t>(budget + 1e-9), num_marks):
+            raise MemoryError(f"no memory for the bookkeeping of {num_blocks} blocks")
+        if copier is not None:
+            self.copier = copier
+            self.pool.move, self.pool.arena = copier_move, <void *>self.copier
+
+    def __dealloc__(self):
+        if self.opened:
+            pool_destroy(&self.pool)
+
+    # -- finding, waiting, answering
+
+    cdef Allocation find(self, object request_id):
+        if not self.opened:
+            raise KVCacheError("KVCache.__init__ has not been called")
+        found = self.ids.get(request_id)
+        if found is None:
+            if self.pool.closed:
+                raise CacheClosed()
+            raise UnknownSequence(request_id=request_id)
+        return <Allocation>found
+
+    cdef int before_waiting(self) except -1:
+        """This thread must not wait for a lock that it has: a finalizer that runs in the middle of a move."""
+        if not self.opened:
+            raise KVCacheError("KVCache.__init__ has not been called")
+        if kv_lock_is_mine(&self.pool.lock):
+            raise CacheHeld(holds=1)
+        return 0
+
+    cdef int lock_pool(self) except -1:
+        if not (self.opened and kv_lock_try(&self.pool.lock)):
+            self.before_waiting()
+            with nogil:
+                kv_lock(&self.pool.lock)
+        return 0
+
+    cdef bint answer(self, status_t status, object request_id) except -1:
+        """True and False as they are returned, everything else as the error that it is."""
+        if status == OK:
+            return True
+        if status == NO_ROOM or status == PAST_LIMIT:
+            return False
+        if status == STALE:
+            if self.pool.closed:
+                raise CacheClosed()
+            raise UnknownSequence(request_id=request_id)
+        if status == HELD:
+            raise CacheHeld(holds=self.pool.num_holders)
+        if status == CLOSED:
+            raise CacheClosed()
+        if status == NO_MEMORY:
+            raise MemoryError("no memory for the bookkeeping; nothing has changed")
+        if status == MOVE_FAILED:
+            error, self.copier.error = self.copier.error, None
+            raise error
+        raise KVCacheError(f"unexpected status {status}")
+
+    cdef Allocation enter(self, Allocation record):
+        """Makes a sequence that has been admitted known by its id."""
+        try:
+            known = self.ids.setdefault(record.request_id, record)
+        except BaseException:
+            self.free_handle(record.handle)
+            raise
+        if known is not record:  # another thread, or the id's own __eq__, came first
+            self.free_handle(record.handle)
+            raise SequenceExists(request_id=record.request_id)
+        if self.pool.closed:
+            self.ids.clear()
+            raise CacheClosed()
+        return record
+
+    def free_handle(self, handle_t handle):
+        cdef status_t status
+        if kv_lock_try(&self.pool.lock):
+            status = retire(&self.pool, handle)
+            pool_unlock(&self.pool)
+        elif kv_lock_is_mine(&self.pool.lock):
+            status = NO_MEMORY if defer_free(&self.pool, handle) else OK
+        else:
+            with nogil:
+                status = pool_free(&self.pool, handle)
+        if status == NO_MEMORY:
+            raise MemoryError("no memory to give blocks back under a hold")
+
+    # -- admission
+
+    def allocate_for(self, request_id, prompt, *, max_tokens=None, max_new_tokens=None):
+        """allocate_for($self, request_id, prompt, *, max_tokens=None, max_new_tokens=None)
+        --
+
+        Admits a sequence, or says that it does not fit now.
+
+        Parameters
+        ----------
+        request_id : hashable
+        prompt : int or sequence of int
+            Tokens of the prompt, at least 1, or their ids (0 to 2**31 - 1): a list, or a one-dimensional array.
+        max_tokens, max_new_tokens : int, optional
+            The limit in total, or beyond the prompt. Blocks for the prompt are held from now on, the rest is taken
+            as the sequence grows, and promised (see `overcommit`). By default the sequence may fill its last block.
+
+        Returns
+        -------
+        Allocation or None
+            None when it does not fit now; nothing has changed then.
+
+        Raises
+        ------
+        RequestTooLarge
+            It could not fit into the empty arena.
+        SequenceExists
+            A live sequence has this id.
+        TypeError, ValueError
+            Counts or ids that are none, a limit below the prompt, both limits.
+        CacheHeld
+            It would have to wait for this very thread's hold to end.
+        """
+        cdef int64_t tokens, limit
+        cdef status_t status = BUSY
+        cdef Allocation record
+        if is_count(prompt):
+            tokens = as_count(prompt, "prompt", 1)
+        else:
+            tokens = len(as_tokens(prompt))
+            if tokens == 0:
+                raise ValueError("a prompt needs at least 1 token, this one has none")
+        self.require_fitting("prompt", prompt, tokens)
+        limit = self.limit_for(tokens, max_tokens, max_new_tokens)
+        if request_id in self.ids:
+            raise SequenceExists(request_id=request_id)
+        record = new_record(request_id, tokens, limit)
+        if kv_lock_try(&self.pool.lock):
+            status = CLOSED if self.pool.closed else admit(&self.pool, tokens, limit, False, &record.handle)
+            pool_unlock(&self.pool)
+        if status == BUSY or status == HELD:
+            self.before_waiting()
+            with nogil:
+                status = pool_allocate(&self.pool, tokens, limit, &record.handle)
+        return self.enter(record) if self.answer(status, request_id) else None
+
+    cdef int64_t limit_for(self, int64_t tokens, object max_tokens, object max_new_tokens) except -1:
+        cdef int64_t limit
+        if max_tokens is None and max_new_tokens is None:
+            return ceil_div(tokens, self.pool.space.block_size) * self.pool.space.block_size
+        if max_new_tokens is None:
+            limit = as_count(max_tokens, "max_tokens", 0)
+            if limit < tokens:
+                raise ValueError(f"max_tokens is {max_tokens}, the prompt alone has {tokens} tokens")
+        elif max_tokens is None:
+            limit = tokens + as_count(max_new_tokens, "max_new_tokens", 0)
+            max_tokens = tokens + int(max_new_tokens)
+        else:
+            raise TypeError(f"max_tokens={max_tokens!r} and max_new_tokens={max_new_tokens!r}: give one of the two")
+        self.require_fitting("max_tokens", max_tokens, limit)
+        return limit
+
+    cdef int require_fitting(self, str what, object tokens, int64_t count) except -1:
+        if not self.opened:
+            raise KVCacheError("KVCache.__init__ has not been called")
+        if count > self.arena_tokens:
+            if self.pool.closed:
+                raise CacheClosed()
+            asked = int(tokens) if is_count(tokens) else count
+            raise RequestTooLarge(what=what, tokens=asked, blocks_needed=-(-asked // self.pool.space.block_size),
+                                  num_blocks=self.pool.space.blocks.num_blocks)
+        return 0
+
+    def fork(self, request_id, new_id):
+        """fork($self, request_id, new_id)
+        --
+
+        Admits a second sequence with the tokens, limit and committed prefix of a live one; either may append.
+
+        Returns
+        -------
+        Allocation or None
+            None when it does not fit now. In contiguous placement it needs a run of its own and K/V are copied; in
+            paged placement blocks are shared until one of the two appends into the last one.
+
+        Raises
+        ------
+        UnknownSequence, SequenceExists
+        """
+        cdef Allocation parent = self.find(request_id), record
+        cdef status_t status = BUSY
+        cdef handle_t child = 0
+        if new_id in self.ids:
+            raise SequenceExists(request_id=new_id)
+        record = new_record(new_id, 0, 0)
+        if kv_lock_try(&self.pool.lock):
+            if is_live(&self.pool, parent.handle):
+                status = split(&self.pool, parent.handle, False, &child)
+            else:
+                status = STALE
+            pool_unlock(&self.pool)
+        if status == BUSY or status == HELD:
+            self.before_waiting()
+            with nogil:
+                status = pool_fork(&self.pool, parent.handle, &child)
+        if not self.answer(status, request_id):
+            return None
+        record.handle = child
+        self.lock_pool()
+        record.tokens = self.pool.space.hot[place_of(child)].tokens
+        record.max_tokens = self.pool.space.seqs[place_of(child)].limit
+        record.cached_tokens = committed_tokens(&self.pool, place_of(child))
+        pool_unlock(&self.pool)
+        return self.enter(record)
+
+    def free_for(self, request_id):
+        """free_for($self, request_id)
+        --
+
+        Ends a sequence: True if it was live, False if unknown, so that a second free is safe.
+        """
+        if not self.opened:
+            return False
+        found = self.ids.pop(request_id, None)
+        if found is None:
+            return False
+        self.free_handle((<Allocation>found).handle)
+        return True
+
+    # -- growth
+
+    def append_token(self, request_id, token=None):
+        """append_token($self, request_id, token=None)
+        --
+
+        Room for one more token: True, or False when the sequence may not grow (its limit) or cannot now.
+
+        `token` is its id, 0 to 2**31 - 1.
+        """
+        cdef Allocation found = self.find(request_id)
+        cdef status_t status = BUSY
+        if token is not None:
+            as_token(token, 0)
+        if kv_lock_try(&self.pool.lock):
+            if is_live(&self.pool, found.handle):
+                status = append(&self.pool, place_of(found.handle), 1, False)
+            else:
+                status = STALE
+            pool_unlock(&self.pool)
+        if status == OK:
+            return True
+        if status == BUSY or status == HELD:
+            return self.append_patiently(found, 1)
+        return self.answer(status, request_id)
+
+    def append_patiently(self, Allocation found, int64_t count):
+        cdef status_t status
+        cdef handle_t handle = found.handle
+        self.before_waiting()
+        with nogil:
+            status = pool_append(&self.pool, handle, count)
+        return self.answer(status, found.request_id)
+
+    def append_tokens(self, request_id, tokens):
+        """append_tokens($self, request_id, tokens)
+        --
+
+        Room for several tokens, all or none: `tokens` is a count or token ids. No tokens at all: True.
+        """
+        cdef Allocation found = self.find(request_id)
+        cdef int64_t count
+        if is_count(tokens):
+            count = as_count(tokens, "tokens", 0)
+        else:
+            count = len(as_tokens(tokens))
+        return self.append_patiently(found, count)
+
+    def truncate(self, request_id, num_tokens):
+        """truncate($self, request_id, num_tokens)
+        --
+
+        Keeps the first `num_tokens` tokens (0 allowed), gives back the blocks beyond.
+
+        Returns
+        -------
+        bool
+            False, nothing changed, when others hold a block that would be let go or cut, and the new claim does not
+            fit.
+
+        Raises
+        ------
+        ValueError
+            `num_tokens` is negative or more than there are.
+        """
+        cdef Allocation found = self.find(request_id)
+        cdef handle_t handle = found.handle
+        cdef int64_t tokens = as_count(num_tokens, "num_tokens", 0)
+        cdef status_t status
+        self.before_waiting()
+        with nogil:
+            status = pool_truncate(&self.pool, handle, tokens)
+        if status == GONE:
+            raise ValueError(f"cannot keep {num_tokens} tokens, the sequence has {self.used_tokens(request_id)}")
+        return self.answer(status, request_id)
+
+    def set_limit(self, request_id, max_tokens):
+        """set_limit($self, request_id, max_tokens)
+        --
+
+        Changes a sequence's limit, up or down: False when what it may then claim does not fit.
+
+        Raises
+        ------
+        ValueError
+            Below the used tokens.
+        RequestTooLarge
+            More than the arena.
+        """
+        cdef Allocation found = self.find(request_id)
+        cdef handle_t handle = found.handle
+        cdef int64_t limit = as_count(max_tokens, "max_tokens", 0)
+        cdef status_t status
+        self.require_fitting("max_tokens", max_tokens, limit)
+        self.before_waiting()
+        with nogil:
+            status = pool_set_limit(&self.pool, handle, limit)
+        if status == BELOW_USED:
+            raise ValueError(f"max_tokens is {max_tokens}, the sequence has {self.used_tokens(request_id)} tokens")
+        return self.answer(status, request_id)
+
+    def commit(self, request_id, num_tokens=None):
+        """commit($self, request_id, num_tokens=None)
+        --
+
+        Says that K/V of the first `num_tokens` tokens (all of them by default) are in place, however they came there.
+
+        Raises
+        ------
+        ValueError
+            Beyond the used tokens.
+        """
+        cdef Allocation found = self.find(request_id)
+        cdef handle_t handle = found.handle
+        cdef int64_t tokens = INT32_MAX if num_tokens is None else as_count(num_tokens, "num_tokens", 0)
+        cdef status_t status
+        if num_tokens is None:
+            tokens = self.used_tokens(request_id)
+        self.before_waiting()
+        with nogil:
+            status = pool_commit(&self.pool, handle, tokens)
+        if status == BELOW_USED:
+            raise ValueError(f"cannot commit {num_tokens} tokens, the sequence has {self.used_tokens(request_id)}")
+        self.answer(status, request_id)
+
+    # -- what a sequence has
+
+    cdef int live(self, Allocation found) except -1:
+        """Locks the pool and returns the sequence's place in it; whoever calls unlocks."""
+        self.lock_pool()
+        if is_live(&self.pool, found.handle):
+            return place_of(found.handle)
+        pool_unlock(&self.pool)
+        self.answer(STALE, found.request_id)
+
+    def used_tokens(self, request_id):
+        """used_tokens($self, request_id)
+        --
+
+        Tokens of the sequence.
+        """
+        cdef int who = self.live(self.find(request_id))
+        cdef int64_t tokens = self.pool.space.hot[who].tokens
+        pool_unlock(&self.pool)
+        return tokens
+
+    def token_offset_in_block(self, request_id):
+        """token_offset_in_block($self, request_id)
+        --
+
+        Where in its block the next token goes: ``used_tokens % block_size``.
+        """
+        return self.used_tokens(request_id) % self.pool.space.block_size
+
+    def limit(self, request_id):
+        """limit($self, request_id)
+        --
+
+        Tokens that the sequence may have in total.
+        """
+        cdef int who = self.live(self.find(request_id))
+        cdef int64_t limit = self.pool.space.seqs[who].limit
+        pool_unlock(&self.pool)
+        return limit
+
+    def capacity(self, request_id):
+        """capacity($self, request_id)
+        --
+
+        Tokens that the blocks held now have room for.
+        """
+        cdef int who = self.live(self.find(request_id))
+        cdef int64_t blocks = self.pool.space.seqs[who].blocks
+        pool_unlock(&self.pool)
+        return blocks * self.pool.space.block_size
+
+    def is_contiguous(self, request_id):
+        """is_contiguous($self, request_id)
+        --
+
+        Whether the sequence's blocks are one run, so that its views copy nothing. An empty sequence is.
+        """
+        cdef int who = self.live(self.find(request_id))
+        cdef bint scattered = self.pool.paged and self.pool.space.seqs[who].breaks > 0
+        pool_unlock(&self.pool)
+        return not scattered
+
+    def block_table(self, request_id):
+        """block_table($self, request_id)
+        --
+
+        Block ids in token order, a new int32 array.
+        """
+        cdef Allocation found = self.find(request_id)
+        cdef int64_t room = self.capacity(request_id) // self.pool.space.block_size
+        cdef int32_t[::1] out
+        cdef int64_t index, blocks
+        cdef int who
+        while True:
+            table = np.empty(room, np.int32)
+            out = table
+            who = self.live(found)
+            blocks = self.pool.space.seqs[who].blocks
+            for index in range(min(blocks, room)):
+                out[index] = <int32_t>(slot_of(&self.pool, who, index * self.pool.space.block_size)
+                                       // self.pool.space.block_size)
+            pool_unlock(&self.pool)
+            if blocks <= room:
+                return table[:blocks]
+            room = blocks  # it grew meanwhile
+
+    def locate(self, request_id):
+        """Where views look: (first slot, or -1 for a scattered sequence; used tokens; whether any block is shared)."""
+        cdef int who = self.live(self.find(request_id))
+        cdef int64_t slot = 0, tokens = self.pool.space.hot[who].tokens
+        cdef bint shared = is_shared(&self.pool, who)
+        if self.pool.paged and self.pool.space.seqs[who].breaks:
+            slot = -1
+        elif tokens:
+            slot = slot_of(&self.pool, who, 0)
+        pool_unlock(&self.pool)
+        return slot, tokens, shared
+
+    def write_rows(self, request_id, Sources sources not None, int64_t layer, start):
+        """Writes all rows of `sources` to consecutive positions of a sequence, by default its last ones."""
+        cdef Allocation found = self.find(request_id)
+        cdef int64_t first = -1 if start is None else as_count(start, "start", 0)
+        cdef int64_t tokens = 0
+        cdef handle_t handle = found.handle
+        cdef status_t status
+        cdef Copier copier = self.copier
+        self.before_waiting()
+        with nogil:
+            kv_lock(&self.pool.lock)
+            while True:
+                status = STALE
+                if is_live(&self.pool, handle):
+                    tokens = self.pool.space.hot[place_of(handle)].tokens
+                    status = self.write_locked(place_of(handle), copier, sources, layer, first)
+                if status != HELD or wait_for_holds(&self.pool) != OK:
+                    break
+            pool_unlock(&self.pool)
+        if status == GONE:
+            raise ValueError(f"{sources.rows} rows from position {start} on do not fit into {tokens} used tokens")
+        if not self.answer(status, request_id):
+            raise CacheFull(blocks_needed=1, blocks_available=self.pool.space.blocks.free_blocks)
+
+    cdef status_t write_locked(self, int32_t who, Copier copier, Sources sources, int64_t layer,
+                               int64_t start) noexcept nogil:
+        cdef int64_t tokens = self.pool.space.hot[who].tokens
+        cdef int64_t rows = sources.rows
+        cdef status_t status
+        if start < 0:
+            start = tokens - rows
+        if start < 0 or rows > tokens - start:
+            return GONE
+        if rows == 0:
+            return OK
+        self.pool.spans.count = 0
+        status = own_and_span(&self.pool, &self.pool.spans, who, start, rows, 0)
+        if status == OK:
+            status = write_spans(&self.pool, &self.pool.spans, copier, sources, layer)
+        if status == OK:
+            mark_written(&self.pool, who, layer, start, rows)
+        return status
+
+    # -- the cache as a whole
+
+    def __contains__(self, request_id):
+        return request_id in self.known()
+
+    def __len__(self):
+        return len(self.known())
+
+    def __iter__(self):
+        return iter(list(self.known()))
+
+    def __bool__(self):
+        return True
+
+    cdef dict known(self):
+        if not self.opened:
+            raise KVCacheError("KVCache.__init__ has not been called")
+        if self.pool.closed:
+            raise CacheClosed()
+        return self.ids
+
+    @property
+    def num_allocated_sequences(self):
+        """Live sequences."""
+        return len(self.known())
+
+    def hold(self):
+        """hold($self)
+        --
+
+        A context manager: inside, nothing moves and nothing that is held is overwritten.
+
+        Holds are shared and nest; enter and leave in one thread. What is freed inside is reused only after the last
+        hold ends. A call that has to move or reuse such blocks waits for that, or raises `CacheHeld` in a thread
+        that holds.
+        """
+        self.known()
+        return Hold(self)
+
+    def close(self):
+        """close($self)
+        --
+
+        Ends every sequence and lets the arena go. `free_for` then returns False, a second `close` does nothing, and
+        everything else raises `CacheClosed`. Waits for holds of other threads.
+        """
+        cdef status_t status
+        if not self.opened:
+            return
+        self.before_waiting()
+        with nogil:
+            status = pool_close(&self.pool)
+        self.answer(status, None)
+        self.ids = {}
+
+    @property
+    def closed(self):
+        """Whether `close` has been called."""
+        return self.pool.closed
+
+    def counters(self):
+        """The pool's numbers, taken under the lock, as a tuple in the order of `cache.Stats`."""
+        cdef int64_t live, there, longest, claims, peak, moves, moved, copied
+        self.known()
+        self.lock_pool()
+        live = self.pool.space.live
+        there = self.pool.space.blocks.free_blocks
+        longest = largest_free_run(&self.pool.space.blocks)
+        claims, peak = self.pool.claims, self.pool.peak_used
+        moves, moved, copied = self.pool.moves, self.pool.moved_tokens, self.pool.copied_tokens
+        pool_unlock(&self.pool)
+        return live, there, longest, claims, peak, moves, moved, copied
+
+    @property
+    def free_blocks(self):
+        """Blocks that nobody holds."""
+        self.known()
+        return self.pool.space.blocks.free_blocks
+
+    @property
+    def fragmentation(self):
+        """``1 - largest_free_run / free_blocks``; 0.0 when nothing is free."""
+        counters = self.counters()
+        return fragmentation_of(counters[2], counters[1])
+
+    @property
+    def is_full(self):
+        """Whether no block is free."""
+        return self.free_blocks == 0
+
+    def dump_block_map(self, file=None, width=64):
+        """dump_block_map($self, file=None, width=64)
+        --
+
+        Writes the numbers and a map of the blocks, `width` to a row, to `file` (standard output by default).
+        """
+        cdef int64_t columns = as_count(width, "width", 1)
+        self.known()
+        self.lock_pool()
+        kv_lock_runs_python(&self.pool.lock, True)
+        try:
+            text = block_map_text(self.pool.space.blocks.num_blocks, self.pool.space.blocks.free_blocks,
+                                  largest_free_run(&self.pool.space.blocks),
+                                  block_map(&self.pool.space.blocks, columns))
+        finally:
+            kv_lock_runs_python(&self.pool.lock, False)
+            pool_unlock(&self.pool)
+        print(text, file=sys.stdout if file is None else file)
+
+    def check(self):
+        """check($self)
+        --
+
+        Walks every structure.
+
+        Raises
+        ------
+        KVCacheError
+            Naming the first thing that is wrong.
+        """
+        self.known()
+        self.lock_pool()
+        kv_lock_runs_python(&self.pool.lock, True)
+        try:
+            wrong = check_pool(&self.pool)
+            for request_id, record in list(self.ids.items()):
+                if wrong is None and not is_live(&self.pool, (<Allocation>record).handle):
+                    wrong = f"{request_id!r} is known, its sequence does not live"
+        finally:
+            kv_lock_runs_python(&self.pool.lock, False)
+            pool_unlock(&self.pool)
+        if wrong is not None:
+            raise KVCacheError(wrong)

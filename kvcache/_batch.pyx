@@ -1,0 +1,667 @@
+"""A batch: one call a step for all members, and arrays that say where their new tokens go.
+
+The arrays belong to the batch and stay the same objects while membership and order stand. They are brought up to
+date when they are read: the pool counts its changes, and a batch that has not seen the last one looks again.
+"""
+
+import numpy as np
+
+from libc.stdint cimport UINT32_MAX, int32_t, int64_t, uint32_t
+from libc.stdlib cimport free, realloc
+from libc.string cimport memchr, memset
+
+from kvcache._alloc cimport Allocation, CacheCore
+from kvcache._calls cimport wait_for_holds
+from kvcache._copy cimport Copier, Sources
+from kvcache._ids cimport as_count, as_tokens
+from kvcache._lock cimport kv_lock
+from kvcache._placement cimport hot_t
+from kvcache._sequences cimport (
+    GONE,
+    HELD,
+    NO_ROOM,
+    OK,
+    PAST_LIMIT,
+    STALE,
+    append,
+    ceil_div,
+    cut,
+    is_live,
+    mark_written,
+    place_of,
+    pool_t,
+    pool_unlock,
+    slot_of,
+    status_t,
+    tail_is_shared,
+    ungrow,
+)
+from kvcache._writes cimport own_and_span, write_spans
+
+from kvcache.errors import CacheClosed, CacheFull, SequenceExists, UnknownSequence
+
+cdef enum:
+    DEAD = 0xFFFFFFFF  # the version of a member that has been seen to be freed
+
+
+cdef int32_t *ints_of(object array) except? NULL:
+    """The entries of a C-contiguous int32 array that the caller keeps alive."""
+    cdef int32_t[::1] view = array
+    return &view[0] if view.shape[0] else NULL
+
+
+cdef object counts_array(object counts, int64_t size):
+    """One int32 count per member."""
+    if isinstance(counts, (str, bytes)) or not hasattr(counts, "__len__"):
+        return np.full(size, min(as_count(counts, "counts", 0), 2**31 - 1), np.int32)
+    if len(counts) != size:
+        raise ValueError(f"{len(counts)} counts for {size} members")
+    items = counts.tolist() if isinstance(counts, np.ndarray) else counts
+    return np.array([min(as_count(count, "counts", 0), 2**31 - 1) for count in items], np.int32)
+
+
+cdef int check_tokens(object tokens, int64_t asked) except -1:
+    """Ids for every token asked for: flat, or a row for each member."""
+    ids = tokens
+    if getattr(tokens, "ndim", 1) == 2:
+        ids = np.asarray(tokens).reshape(-1)
+    elif isinstance(tokens, (list, tuple)) and tokens and isinstance(tokens[0], (list, tuple)):
+        ids = [token for row in tokens for token in row]
+    if len(as_tokens(ids)) != asked:
+        raise ValueError(f"{len(ids)} token ids for {asked} tokens asked for")
+    return 0
+
+
+cdef class BatchCore:
+    """The bookkeeping of a batch; see `kvcache.DecodeBatch`."""
+
+    def __init__(self, CacheCore cache not None, request_ids=()):
+        self.cache = cache
+        self.ids = []
+        self.size = 0
+        for request_id in request_ids:
+            self.join(request_id)
+        self.rebuild()
+
+    def __dealloc__(self):
+        free(self.handles)
+        free(self.versions)
+        free(self.firsts)
+        free(self.touched)
+        free(self.spans.items)
+
+    # -- membership
+
+    cdef int join(self, object request_id) except -1:
+        """Appends a member; the arrays are rebuilt by whoever calls."""
+        cdef handle_t handle = (<Allocation>self.cache.find(request_id)).handle
+        cdef int64_t index
+        for index in range(self.size):
+            if self.handles[index] == handle:
+                raise SequenceExists(request_id=request_id)
+        self.reserve(self.size + 1)
+        self.handles[self.size] = handle
+        self.ids.append(request_id)
+        self.size += 1
+        return 0
+
+    cdef int reserve(self, int64_t members) except -1:
+        cdef int64_t capacity = max(members, 2 * self.capacity)
+        if members <= self.capacity:
+            return 0
+        handles = realloc(self.handles, capacity * sizeof(handle_t))
+        if handles != NULL:
+            self.handles = <handle_t *>handles
+        versions = realloc(self.versions, capacity * sizeof(uint32_t))
+        if versions != NULL:
+            self.versions = <uint32_t *>versions
+        firsts = realloc(self.firsts, (capacity + 1) * sizeof(int64_t))
+        if firsts != NULL:
+            self.firsts = <int64_t *>firsts
+        touched = realloc(self.touched, capacity * sizeof(int32_t))
+        if touched != NULL:
+            self.touched = <int32_t *>touched
+        if handles == NULL or versions == NULL or firsts == NULL or touched == NULL:
+            raise MemoryError(f"no memory for a batch of {members} members")
+        self.capacity = capacity
+        return 0
+
+    def add(self, request_id):
+        """add($self, request_id)
+        --
+
+        Appends a live sequence at the end. Ends the step.
+
+        Raises
+        ------
+        UnknownSequence, SequenceExists
+            It does not live, or is a member already.
+        """
+        if request_id in self.ids and request_id in self.cache:
+            raise SequenceExists(request_id=request_id)
+        self.join(request_id)
+        self.rebuild()
+
+    def remove(self, request_id):
+        """remove($self, request_id)
+        --
+
+        Takes a member out, also one that has been freed; the others keep their order. Ends the step.
+
+        Raises
+        ------
+        UnknownSequence
+            It is no member.
+        """
+        cdef int64_t index
+        try:
+            index = self.ids.index(request_id)
+        except ValueError:
+            raise UnknownSequence(request_id=request_id) from None
+        del self.ids[index]
+        self.size -= 1
+        for index in range(index, self.size):
+            self.handles[index] = self.handles[index + 1]
+        self.rebuild()
+
+    def reorder(self, indices):
+        """reorder($self, indices)
+        --
+
+        Keeps the members at `indices`, in that order. Ends the step.
+
+        Raises
+        ------
+        IndexError, ValueError
+            An index is out of range, or comes twice.
+        """
+        cdef int64_t index, position
+        chosen = [as_count(index, "index", 0) for index in (indices.tolist() if hasattr(indices, "tolist") else indices)]
+        for index in chosen:
+            if index >= self.size:
+                raise IndexError(f"index {index} of {self.size} members")
+        if len(set(chosen)) != len(chosen):
+            raise ValueError(f"an index comes twice in {chosen}")
+        handles = [self.handles[index] for index in chosen]
+        self.ids = [self.ids[index] for index in chosen]
+        self.size = len(chosen)
+        for position in range(self.size):
+            self.handles[position] = handles[position]
+        self.rebuild()
+
+    def __len__(self):
+        return self.size
+
+    def __bool__(self):
+        return True
+
+    def __contains__(self, request_id):
+        return request_id in self.ids
+
+    def __iter__(self):
+        return iter(list(self.ids))
+
+    cdef int rebuild(self) except -1:
+        """New arrays for a new membership or order, with no step."""
+        self.splits_array = np.zeros(self.size + 1, np.int32)
+        self.lengths_array = np.full(self.size, -1, np.int32)
+        self.starts_array = np.full(self.size, -1, np.int32)
+        self.split = ints_of(self.splits_array)
+        self.length = ints_of(self.lengths_array)
+        self.start = ints_of(self.starts_array)
+        self.own_slots = np.full(self.size, -1, np.int32)
+        self.own_positions = np.full(self.size, -1, np.int32)
+        self.use_arrays(self.own_slots, self.own_positions)
+        self.end_step()
+        self.cache.lock_pool()
+        self.seen = self.cache.pool.changes - 1
+        self.refresh()
+        pool_unlock(&self.cache.pool)
+        self.number += 1
+        return 0
+
+    cdef int use_arrays(self, object slots, object positions) except -1:
+        self.slots_array, self.positions_array = slots, positions
+        self.slot, self.position = ints_of(slots), ints_of(positions)
+        self.uniform = slots is self.own_slots
+        self.entries = len(slots)
+        return 0
+
+    cdef void end_step(self) noexcept nogil:
+        cdef int64_t entry
+        for entry in range(self.entries):
+            self.slot[entry] = self.position[entry] = -1
+        memset(self.split, 0, (self.size + 1) * sizeof(int32_t))
+        self.stepped = self.whole = False
+        self.granted = 0
+
+    cdef inline int64_t first_of(self, int64_t index) noexcept nogil:
+        return index if self.uniform else self.firsts[index]
+
+    cdef int64_t dead_member(self) noexcept nogil:
+        cdef int64_t index
+        for index in range(self.size):
+            if not is_live(&self.cache.pool, self.handles[index]):
+                return index
+        return -1
+
+    cdef int answer(self, status_t status) except -1:
+        """Whatever a call of the whole batch met that is an error."""
+        cdef int64_t index = self.dead_member() if status == STALE else -1
+        self.cache.answer(status, self.ids[index] if index >= 0 else None)
+        return 0
+
+    # -- a step
+
+    def append(self, tokens=None, counts=1):
+        """append($self, tokens=None, counts=1)
+        --
+
+        Gives every member one token (or `counts`: an int, or one per member), in batch order; a member gets all of
+        its count or none.
+
+        Parameters
+        ----------
+        tokens : sequence of int, optional
+            Ids, as many as asked for, flat (for an int count also of shape ``(B, count)``).
+        counts : int or sequence of int
+
+        Returns
+        -------
+        numpy.ndarray
+            Of bool, one per member: who got its tokens.
+
+        Raises
+        ------
+        UnknownSequence
+            A member has been freed. Nothing has changed.
+        CacheHeld
+            It would have to wait for this very thread's hold to end. Nothing has changed.
+        """
+        cdef const int32_t *each = NULL
+        cdef int64_t asked = self.size
+        slots, positions = self.own_slots, self.own_positions
+        if type(counts) is not int or counts != 1:
+            per_member = counts_array(counts, self.size)
+            asked = int(per_member.sum(dtype=np.int64))
+            if asked >= 2**31:
+                raise ValueError(f"{asked} tokens in one step, fewer than {2**31} are allowed")
+            each = ints_of(per_member)
+            slots, positions = np.empty(asked, np.int32), np.empty(asked, np.int32)
+        if tokens is not None:
+            check_tokens(tokens, asked)
+        return self.take_step(each, np.empty(self.size, np.bool_), slots, positions)
+
+    cdef object take_step(self, const int32_t *counts, object result, object slots, object positions):
+        """Decides under the lock, then fills the arrays: a step that fails leaves those of the step before."""
+        cdef CacheCore cache = self.cache
+        cdef unsigned char *got = NULL
+        cdef unsigned char[::1] flags
+        cdef int32_t *into[2]
+        cdef int64_t entries = len(slots)
+        cdef bint uniform = counts == NULL
+        cdef status_t status
+        if self.size:
+            flags = result.view(np.uint8)
+            got = &flags[0]
+        into[0], into[1] = ints_of(slots), ints_of(positions)
+        cache.before_waiting()
+        with nogil:
+            kv_lock(&cache.pool.lock)
+            while True:
+                status = self.append_each(counts, got)
+                if status != HELD or wait_for_holds(&cache.pool) != OK:
+                    break
+            if status == OK:
+                self.slot, self.position = into[0], into[1]
+                self.entries, self.uniform = entries, uniform
+                self.fill(counts, got)
+            pool_unlock(&cache.pool)
+        self.answer(status)
+        self.slots_array, self.positions_array = slots, positions
+        return result
+
+    cdef status_t append_each(self, const int32_t *counts, unsigned char *got) noexcept nogil:
+        """Every member's tokens, or, when the call cannot go on, none."""
+        cdef pool_t *pool = &self.cache.pool
+        cdef hot_t *hot
+        cdef int64_t index, peak = pool.peak_used
+        cdef uint64_t changes = pool.changes
+        cdef status_t status = OK
+        memset(got, 1, self.size)
+        self.num_touched = 0
+        self.unseen = self.seen != changes
+        if pool.limbo_blocks and self.needs_limbo(counts):
+            return HELD
+        for index in range(self.size):
+            hot = &pool.space.hot[<uint32_t>self.handles[index]]
+            if hot.generation != <uint32_t>(self.handles[index] >> 32):
+                status = STALE
+            elif counts == NULL and hot.tokens < hot.soft:
+                hot.tokens += 1
+                continue
+            else:
+                status = self.append_one(index, 1 if counts == NULL else counts[index], got)
+            if status != OK:
+                self.take_back(index, counts, got)
+                pool.peak_used, pool.changes = peak, changes
+                return status
+        pool.changes += 1
+        return OK
+
+    cdef status_t append_one(self, int64_t index, int64_t count, unsigned char *got) noexcept nogil:
+        cdef status_t status = append(&self.cache.pool, place_of(self.handles[index]), count, True)
+        self.touched[self.num_touched] = <int32_t>index
+        self.num_touched += 1
+        if status == NO_ROOM or status == PAST_LIMIT:
+            got[index] = 0
+            return OK
+        return status
+
+    cdef void take_back(self, int64_t end, const int32_t *counts, const unsigned char *got) noexcept nogil:
+        """Undoes this call's appends of members [0, end)."""
+        cdef int64_t index, count
+        cdef int32_t who
+        for index in range(end - 1, -1, -1):
+            count = 1 if counts == NULL else counts[index]
+            who = place_of(self.handles[index])
+            if got[index] and count:
+                ungrow(&self.cache.pool, who, self.cache.pool.space.hot[who].tokens - count)
+
+    cdef bint needs_limbo(self, const int32_t *counts) noexcept nogil:
+        """Whether a paged step wants more blocks than are free: known before the first copy on write is made."""
+        cdef pool_t *pool = &self.cache.pool
+        cdef int64_t index, count, tokens, need = 0
+        cdef int32_t who
+        if not pool.paged:
+            return False
+        for index in range(self.size):
+            if not is_live(pool, self.handles[index]):
+                continue
+            who = place_of(self.handles[index])
+            tokens = pool.space.hot[who].tokens
+            count = 1 if counts == NULL else counts[index]
+            if count and tokens + count <= pool.space.seqs[who].limit:
+                need += ceil_div(tokens + count, pool.space.block_size) - pool.space.seqs[who].blocks
+                need += tail_is_shared(pool, who)
+        return need > pool.space.blocks.free_blocks
+
+    cdef void fill(self, const int32_t *counts, const unsigned char *got) noexcept nogil:
+        """Writes the step into the arrays, after all its moves."""
+        cdef int64_t index, entry = 0, end, count
+        cdef int32_t tokens
+        self.stepped = True
+        self.number += 1
+        self.seen = self.cache.pool.changes
+        if counts == NULL and memchr(got, 0, self.size) == NULL:
+            self.fill_uniform()
+            return
+        self.whole = False
+        self.granted = 0
+        for index in range(self.size):
+            count = 1 if counts == NULL else counts[index]
+            end = entry + count
+            self.firsts[index], self.firsts[index + 1] = entry, end
+            tokens = self.cache.pool.space.hot[place_of(self.handles[index])].tokens
+            while entry < end:
+                self.position[entry] = tokens - <int32_t>(end - entry) if got[index] else -1
+                entry += 1
+            self.granted += count if got[index] else 0
+            self.split[index + 1] = <int32_t>self.granted
+            self.look(index)
+
+    cdef void fill_uniform(self) noexcept nogil:
+        """Every member got one token."""
+        cdef const hot_t *hots = self.cache.pool.space.hot
+        cdef const hot_t *hot
+        cdef int64_t index
+        for index in range(self.size):
+            hot = &hots[<uint32_t>self.handles[index]]
+            self.length[index] = hot.tokens
+            self.position[index] = hot.tokens - 1
+            self.slot[index] = hot.base + hot.tokens - 1
+        if self.unseen or self.seen_moves != self.cache.pool.moves:
+            self.look_again()
+        for index in range(self.num_touched):
+            self.look(self.touched[index])
+        if not self.whole:
+            for index in range(self.size + 1):
+                self.split[index] = <int32_t>index
+        self.granted = self.size
+        self.whole = True
+
+    cdef void look_again(self) noexcept nogil:
+        """After moves: those whose tokens came to other slots."""
+        cdef int64_t index
+        for index in range(self.size):
+            if self.cache.pool.space.seqs[<uint32_t>self.handles[index]].version != self.versions[index]:
+                self.look(index)
+        self.seen_moves = self.cache.pool.moves
+
+    # -- keeping the arrays true
+
+    cdef void look(self, int64_t index) noexcept nogil:
+        """Brings one member's entries up to date."""
+        cdef pool_t *pool = &self.cache.pool
+        cdef int32_t who = place_of(self.handles[index])
+        cdef bint live = is_live(pool, self.handles[index])
+        cdef int32_t tokens = pool.space.hot[who].tokens if live else 0
+        cdef int64_t entry, end = self.first_of(index + 1)
+        self.length[index] = tokens
+        self.start[index] = -1
+        if tokens and not (pool.paged and pool.space.seqs[who].breaks):
+            self.start[index] = <int32_t>slot_of(pool, who, 0)
+        if live:
+            self.versions[index] = pool.space.seqs[who].version
+        for entry in range(self.first_of(index), end):
+            self.slot[entry] = -1
+            if 0 <= self.position[entry] < tokens:
+                self.slot[entry] = <int32_t>slot_of(pool, who, self.position[entry])
+
+    cdef void refresh(self) noexcept nogil:
+        """After other calls: whoever has moved, grown, been cut or freed makes a new generation."""
+        cdef pool_t *pool = &self.cache.pool
+        cdef int64_t index
+        cdef int32_t who
+        cdef bint changed = False
+        if self.seen == pool.changes:
+            return
+        self.seen = pool.changes
+        for index in range(self.size):
+            who = place_of(self.handles[index])
+            if is_live(pool, self.handles[index]):
+                if (pool.space.hot[who].tokens == self.length[index]
+                        and pool.space.seqs[who].version == self.versions[index]):
+                    continue
+            elif self.length[index] == 0 and self.start[index] == -1 and self.versions[index] == DEAD:
+                continue
+            self.look(index)
+            if not is_live(pool, self.handles[index]):
+                self.versions[index] = DEAD
+            changed = True
+        self.number += changed
+
+    cdef int catch_up(self) except -1:
+        if self.cache.pool.closed:
+            raise CacheClosed()
+        if self.seen != self.cache.pool.changes:
+            self.cache.lock_pool()
+            self.refresh()
+            pool_unlock(&self.cache.pool)
+        return 0
+
+    @property
+    def slots(self):
+        """Arena token index of each token asked for, int32, flat; -1 for a refused member's and outside a step."""
+        self.catch_up()
+        return self.slots_array
+
+    @property
+    def positions(self):
+        """Position in its sequence of each token asked for, int32, flat, as rotary embeddings want it; -1 as `slots`."""
+        self.catch_up()
+        return self.positions_array
+
+    @property
+    def splits(self):
+        """int32, one more than members: member i's new tokens are ``splits[i]:splits[i + 1]`` of those granted."""
+        self.catch_up()
+        return self.splits_array
+
+    @property
+    def lengths(self):
+        """Tokens of each member, int32, after the append."""
+        self.catch_up()
+        return self.lengths_array
+
+    @property
+    def starts(self):
+        """Arena token index of each member's first token, int32; -1 for a scattered or empty sequence."""
+        self.catch_up()
+        return self.starts_array
+
+    @property
+    def generation(self):
+        """Differs as soon as any call has moved, grown, cut or freed a member."""
+        self.catch_up()
+        return self.number
+
+    @property
+    def block_tables(self):
+        """Block ids of each member, int32, a new array as wide as the longest, padded with -1."""
+        tables = [self.cache.block_table(request_id) for request_id in self.ids]
+        out = np.full((self.size, max([len(table) for table in tables], default=0)), -1, np.int32)
+        for row, table in zip(out, tables):
+            row[: len(table)] = table
+        return out
+
+    def truncate(self, counts):
+        """truncate($self, counts)
+        --
+
+        Drops the last tokens of each member: `counts` is an int, or one per member. Ends the step.
+
+        Returns
+        -------
+        numpy.ndarray
+            Of bool, one per member: False where others hold what would be cut, and the new claim does not fit.
+
+        Raises
+        ------
+        UnknownSequence, ValueError
+            A member has been freed, or has fewer tokens than that. Nothing has changed.
+        """
+        cdef const int32_t *each
+        cdef unsigned char[::1] flags
+        cdef unsigned char *got = NULL
+        cdef status_t status
+        cdef CacheCore cache = self.cache
+        per_member = counts_array(counts, self.size)
+        each = ints_of(per_member)
+        result = np.empty(self.size, np.bool_)
+        if self.size:
+            flags = result.view(np.uint8)
+            got = &flags[0]
+        cache.before_waiting()
+        with nogil:
+            kv_lock(&cache.pool.lock)
+            status = self.cut_each(each, got)
+            if status == OK:
+                self.end_step()
+                self.number += 1
+                self.refresh()
+            pool_unlock(&cache.pool)
+        if status == GONE:
+            raise ValueError(f"cannot drop {per_member.tolist()} tokens of members that have {self.lengths.tolist()}")
+        self.answer(status)
+        return result
+
+    cdef status_t cut_each(self, const int32_t *counts, unsigned char *got) noexcept nogil:
+        cdef pool_t *pool = &self.cache.pool
+        cdef int64_t index
+        cdef int32_t who
+        cdef status_t status
+        for index in range(self.size):
+            if not is_live(pool, self.handles[index]):
+                return STALE
+            if counts[index] > pool.space.hot[place_of(self.handles[index])].tokens:
+                return GONE
+        for index in range(self.size):
+            who = place_of(self.handles[index])
+            status = cut(pool, who, pool.space.hot[who].tokens - counts[index])
+            if status != OK and status != NO_ROOM:
+                return status
+            got[index] = status == OK
+        return OK
+
+    # -- writing a step
+
+    def write_rows(self, Sources sources not None, int64_t layer):
+        """Writes rows, one per token asked for or one per token granted, to where the last append put them."""
+        cdef CacheCore cache = self.cache
+        cdef Copier copier = cache.copier
+        cdef status_t status
+        if not self.stepped:
+            raise ValueError("nothing to write: the batch has had no append since it was made, changed or truncated")
+        if sources.rows != self.entries and sources.rows != self.granted:
+            raise ValueError(f"{sources.rows} rows for a step of {self.entries} tokens, {self.granted} of them granted")
+        cache.before_waiting()
+        with nogil:
+            kv_lock(&cache.pool.lock)
+            while True:
+                status = self.write_locked(copier, sources, layer)
+                if status != HELD or wait_for_holds(&cache.pool) != OK:
+                    break
+            pool_unlock(&cache.pool)
+        if status == GONE:
+            raise ValueError("a token of this step has been cut off since: nothing has been written")
+        if status == NO_ROOM:
+            raise CacheFull(blocks_needed=1, blocks_available=cache.free_blocks)
+        self.answer(status)
+
+    cdef status_t write_locked(self, Copier copier, Sources sources, int64_t layer) noexcept nogil:
+        cdef pool_t *pool = &self.cache.pool
+        cdef int64_t index, first, last
+        cdef status_t status
+        self.refresh()
+        if self.dead_member() >= 0:
+            return STALE
+        if self.gone():
+            return GONE
+        if (self.spans_number != self.number or self.spans_seen != pool.changes
+                or self.spans_rows != sources.rows):
+            status = self.find_spans(sources.rows)
+            if status != OK:
+                return status
+        status = write_spans(pool, &self.spans, copier, sources, layer)
+        if status != OK:
+            return status
+        for index in range(self.size):
+            first, last = self.first_of(index), self.first_of(index + 1)
+            if first < last and self.position[first] >= 0:
+                mark_written(pool, place_of(self.handles[index]), layer, self.position[first], last - first)
+        return OK
+
+    cdef bint gone(self) noexcept nogil:
+        cdef int64_t entry
+        for entry in range(self.entries):
+            if self.position[entry] >= 0 and self.slot[entry] < 0:
+                return True
+        return False
+
+    cdef status_t find_spans(self, int64_t rows) noexcept nogil:
+        cdef int64_t index, first, count, row = 0
+        cdef status_t status
+        self.spans.count = 0
+        self.spans_rows = -1
+        for index in range(self.size):
+            first = self.first_of(index)
+            count = self.first_of(index + 1) - first
+            if count and self.position[first] >= 0:
+                status = own_and_span(&self.cache.pool, &self.spans, place_of(self.handles[index]),
+                                      self.position[first], count, first if rows == self.entries else row)
+                if status != OK:
+                    return status
+                row += count
+        self.spans_rows, self.spans_seen, self.spans_number = rows, self.cache.pool.changes, self.number
+        return OK

@@ -1,0 +1,18 @@
+"""Whole calls for native engines: from any thread, without the GIL."""
+
+from libc.stdint cimport int32_t, int64_t
+
+from kvcache._sequences cimport handle_t, pool_t, status_t
+
+cdef status_t pool_allocate(pool_t *pool, int64_t tokens, int64_t limit, handle_t *handle) noexcept nogil
+cdef status_t pool_append(pool_t *pool, handle_t handle, int64_t count) noexcept nogil
+cdef status_t pool_free(pool_t *pool, handle_t handle) noexcept nogil
+cdef status_t pool_truncate(pool_t *pool, handle_t handle, int64_t tokens) noexcept nogil
+cdef status_t pool_fork(pool_t *pool, handle_t parent, handle_t *child) noexcept nogil
+cdef status_t pool_set_limit(pool_t *pool, handle_t handle, int64_t limit) noexcept nogil
+cdef status_t pool_commit(pool_t *pool, handle_t handle, int64_t tokens) noexcept nogil
+cdef status_t pool_slots(pool_t *pool, handle_t handle, int64_t start, int64_t count, int32_t *slots) noexcept nogil
+cdef status_t pool_hold(pool_t *pool) noexcept nogil
+cdef status_t pool_release(pool_t *pool) noexcept nogil
+cdef status_t pool_close(pool_t *pool) noexcept nogil
+cdef status_t wait_for_holds(pool_t *pool) noexcept nogil

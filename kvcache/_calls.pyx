@@ -1,0 +1,209 @@
+"""Whole calls: take the lock, decide, wait where a hold is in the way. From any thread, without the GIL."""
+
+from libc.stdint cimport int32_t, int64_t, uintptr_t
+from libc.stdlib cimport realloc
+
+from kvcache._lock cimport kv_lock, kv_lock_wait, kv_lock_wake, kv_thread
+from kvcache._placement cimport seq_t
+from kvcache._sequences cimport (
+    BELOW_USED,
+    CLOSED,
+    GONE,
+    HELD,
+    NO_MEMORY,
+    NOT_HELD,
+    OK,
+    STALE,
+    admit,
+    append,
+    change_limit,
+    cut,
+    end_of_holds,
+    handle_t,
+    holder_t,
+    is_live,
+    place_of,
+    pool_t,
+    pool_unlock,
+    retire,
+    slot_of,
+    split,
+    status_t,
+)
+
+
+# ---- holds
+
+cdef holder_t *my_hold(pool_t *pool) noexcept nogil:
+    cdef uintptr_t me = kv_thread()
+    cdef int64_t index
+    for index in range(pool.num_holders):
+        if pool.holders[index].thread == me:
+            return &pool.holders[index]
+    return NULL
+
+
+cdef status_t wait_for_holds(pool_t *pool) noexcept nogil:
+    """Gives the lock up until nobody holds; then everything has to be looked at again. HELD: this thread holds."""
+    if my_hold(pool) != NULL:
+        return HELD
+    pool.waiting += 1
+    while pool.num_holders:
+        kv_lock_wait(&pool.lock)
+    pool.waiting -= 1
+    if pool.waiting == 0:
+        kv_lock_wake(&pool.lock)  # those who want to hold have let us pass first
+    return OK
+
+
+cdef status_t pool_hold(pool_t *pool) noexcept nogil:
+    cdef holder_t *mine
+    cdef void *holders
+    cdef status_t status = OK
+    kv_lock(&pool.lock)
+    mine = my_hold(pool)
+    if mine != NULL:
+        mine.depth += 1
+    else:
+        while pool.waiting:
+            kv_lock_wait(&pool.lock)
+        if pool.num_holders == pool.holder_capacity:
+            holders = realloc(pool.holders, (pool.holder_capacity + 8) * sizeof(holder_t))
+            if holders == NULL:
+                status = NO_MEMORY
+            else:
+                pool.holders = <holder_t *>holders
+                pool.holder_capacity += 8
+        if status == OK and pool.closed:
+            status = CLOSED
+        if status == OK:
+            pool.holders[pool.num_holders] = holder_t(thread=kv_thread(), depth=1)
+            pool.num_holders += 1
+    pool_unlock(pool)
+    return status
+
+
+cdef status_t pool_release(pool_t *pool) noexcept nogil:
+    cdef holder_t *mine
+    cdef status_t status = OK
+    kv_lock(&pool.lock)
+    mine = my_hold(pool)
+    if mine == NULL:
+        status = NOT_HELD
+    else:
+        mine.depth -= 1
+        if mine.depth == 0:
+            pool.num_holders -= 1
+            mine[0] = pool.holders[pool.num_holders]
+            if pool.num_holders == 0:
+                end_of_holds(pool)
+                kv_lock_wake(&pool.lock)
+    pool_unlock(pool)
+    return status
+
+
+# ---- whole calls
+
+cdef status_t pool_allocate(pool_t *pool, int64_t tokens, int64_t limit, handle_t *handle) noexcept nogil:
+    cdef status_t status
+    kv_lock(&pool.lock)
+    while True:
+        status = CLOSED if pool.closed else admit(pool, tokens, limit, True, handle)
+        if status != HELD or wait_for_holds(pool) != OK:
+            break
+    pool_unlock(pool)
+    return status
+
+
+cdef status_t pool_append(pool_t *pool, handle_t handle, int64_t count) noexcept nogil:
+    cdef status_t status
+    kv_lock(&pool.lock)
+    while True:
+        status = append(pool, place_of(handle), count, True) if is_live(pool, handle) else STALE
+        if status != HELD or wait_for_holds(pool) != OK:
+            break
+    pool_unlock(pool)
+    return status
+
+
+cdef status_t pool_free(pool_t *pool, handle_t handle) noexcept nogil:
+    cdef status_t status
+    kv_lock(&pool.lock)
+    status = retire(pool, handle)
+    pool_unlock(pool)
+    return status
+
+
+cdef status_t pool_truncate(pool_t *pool, handle_t handle, int64_t tokens) noexcept nogil:
+    cdef status_t status = STALE
+    kv_lock(&pool.lock)
+    if is_live(pool, handle):
+        status = GONE if tokens > pool.space.hot[place_of(handle)].tokens else cut(pool, place_of(handle), tokens)
+    pool_unlock(pool)
+    return status
+
+
+cdef status_t pool_fork(pool_t *pool, handle_t parent, handle_t *child) noexcept nogil:
+    cdef status_t status
+    kv_lock(&pool.lock)
+    while True:
+        status = split(pool, parent, True, child) if is_live(pool, parent) else STALE
+        if status != HELD or wait_for_holds(pool) != OK:
+            break
+    pool_unlock(pool)
+    return status
+
+
+cdef status_t pool_set_limit(pool_t *pool, handle_t handle, int64_t limit) noexcept nogil:
+    cdef status_t status = STALE
+    kv_lock(&pool.lock)
+    if is_live(pool, handle):
+        status = change_limit(pool, place_of(handle), limit)
+    pool_unlock(pool)
+    return status
+
+
+cdef status_t pool_commit(pool_t *pool, handle_t handle, int64_t tokens) noexcept nogil:
+    cdef status_t status = STALE
+    cdef seq_t *seq
+    kv_lock(&pool.lock)
+    if is_live(pool, handle):
+        seq = &pool.space.seqs[place_of(handle)]
+        status = BELOW_USED if tokens > pool.space.hot[place_of(handle)].tokens else OK
+        if status == OK:
+            seq.committed = max(seq.committed, <int32_t>tokens)
+    pool_unlock(pool)
+    return status
+
+
+cdef status_t pool_slots(pool_t *pool, handle_t handle, int64_t start, int64_t count, int32_t *slots) noexcept nogil:
+    """Slots of positions [start, start + count); GONE if the sequence does not have them all."""
+    cdef status_t status = STALE
+    cdef int64_t index
+    kv_lock(&pool.lock)
+    if is_live(pool, handle):
+        status = OK
+        if start < 0 or count < 0 or count > pool.space.hot[place_of(handle)].tokens - start:
+            status = GONE
+        else:
+            for index in range(count):
+                slots[index] = <int32_t>slot_of(pool, place_of(handle), start + index)
+    pool_unlock(pool)
+    return status
+
+
+cdef status_t pool_close(pool_t *pool) noexcept nogil:
+    """Retires every sequence once nobody holds; what comes later finds the pool closed."""
+    cdef int64_t who
+    cdef status_t status = OK
+    kv_lock(&pool.lock)
+    while pool.num_holders and status == OK:
+        status = wait_for_holds(pool)
+    if status == OK:
+        pool.closed = True
+        for who in range(pool.places):
+            if pool.space.hot[who].generation & 1:
+                retire(pool, <handle_t>pool.space.hot[who].generation << 32 | <handle_t>who)
+        pool.move, pool.arena = NULL, NULL
+    pool_unlock(pool)
+    return status

@@ -1,0 +1,17 @@
+"""The allocator's own lock; see `_lock.h`."""
+
+from libc.stdint cimport uintptr_t
+
+cdef extern from "_lock.h" nogil:
+    ctypedef struct kv_lock_t:
+        pass
+    int kv_lock_init(kv_lock_t *lock)
+    void kv_lock_destroy(kv_lock_t *lock)
+    uintptr_t kv_thread()
+    bint kv_lock_try(kv_lock_t *lock)
+    void kv_lock(kv_lock_t *lock)
+    void kv_unlock(kv_lock_t *lock)
+    void kv_lock_wait(kv_lock_t *lock)
+    void kv_lock_wake(kv_lock_t *lock)
+    void kv_lock_runs_python(kv_lock_t *lock, bint run)
+    bint kv_lock_is_mine(kv_lock_t *lock)

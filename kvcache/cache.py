@@ -1,0 +1,328 @@
+"""The cache: one arena, allocated once, and every live sequence a view of it.
+
+The bookkeeping (who holds which blocks, what is promised, who waits) is native, in `_alloc.pyx` and the rooms below
+it; the bytes are in `arena.py`. What is here brings the two together.
+"""
+
+import math
+import sys
+
+from kvcache._alloc import CacheCore
+from kvcache._batch import BatchCore
+from kvcache.arena import make_arena
+from kvcache.errors import UnknownSequence
+from kvcache.spec import KVCacheSpec
+from kvcache.stats import CacheStats, stats_text
+
+PLACEMENTS = ("contiguous", "paged")
+
+
+class KVCache(CacheCore):
+    """The K/V of many sequences in one preallocated arena.
+
+    Parameters
+    ----------
+    num_layers, num_kv_heads, head_dim, max_total_tokens, block_size : int
+        The shape; or a `KVCacheSpec` alone, for layers that differ.
+    dtype : str
+        ``"float32"`` (default), ``"float16"`` or ``"bfloat16"``.
+    backend : {"numpy", "mlx", "none"}
+        What the arena is made of. ``"none"`` keeps the books for an engine that owns its tensors.
+    placement : {"contiguous", "paged"}
+        Every sequence one run of blocks at all times, moved when it has to be, so that views never copy; or blocks
+        where they come, shared by forks, never moved.
+    overcommit : float
+        Blocks held and claimed may be up to ``overcommit * num_blocks``. At 1.0 a granted limit is a promise.
+    prefix_cache : bool
+        Whether a prompt may hit what freed sequences left. Nothing is kept yet, so that both values behave alike.
+    policy, max_move_tokens, clock
+        Reserved: only the values that stand for the present behaviour are accepted.
+    stream : MLX stream, or several, optional
+        With MLX: what to wait for before bytes move; by default the constructing thread's default stream.
+
+    Raises
+    ------
+    MemoryError
+        The arena is larger than the memory there is. Nothing has been allocated.
+    TypeError, ValueError
+        Arguments that make no arena.
+
+    Examples
+    --------
+    >>> cache = KVCache(num_layers=2, num_kv_heads=4, head_dim=8, max_total_tokens=256)
+    >>> cache.allocate_for("user_123", 20, max_tokens=64).max_tokens
+    64
+    >>> cache.append_token("user_123"), cache.get_k_view("user_123", layer=0).shape
+    (True, (4, 21, 8))
+    >>> cache.free_for("user_123"), cache.free_for("user_123")
+    (True, False)
+    """
+
+    def __init__(
+        self,
+        num_layers,
+        num_kv_heads=None,
+        head_dim=None,
+        max_total_tokens=None,
+        block_size=None,
+        *,
+        dtype=None,
+        backend="numpy",
+        placement="contiguous",
+        overcommit=1.0,
+        prefix_cache=True,
+        policy="lru",
+        max_move_tokens=None,
+        clock=None,
+        stream=None,
+    ):
+        spec = _spec_of(num_layers, num_kv_heads, head_dim, max_total_tokens, block_size, dtype)
+        _check_options(placement, overcommit, prefix_cache, policy=policy, max_move_tokens=max_move_tokens, clock=clock)
+        arena = make_arena(spec, backend, stream)
+        super().__init__(
+            spec.num_blocks,
+            spec.block_size,
+            paged=placement == "paged",
+            overcommit=overcommit,
+            num_marks=spec.num_layers,
+            copier=arena.copier,
+        )
+        self.spec = spec
+        self.arena = arena
+        self.backend = backend
+        self.placement = placement
+        self.overcommit = overcommit
+        self._layers = spec.layers
+
+    def __repr__(self):
+        return f"KVCache({self.spec!r}, backend={self.backend!r}, placement={self.placement!r})"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def close(self):
+        """End every sequence and let the arena go.
+
+        `free_for` then returns False, a second `close` does nothing, all else raises `CacheClosed`. Waits for holds
+        of other threads; raises `CacheHeld` inside one of this thread's own.
+        """
+        super().close()
+        self.arena.close()
+
+    def warmup(self):
+        """Make every page of the arena resident; its content stays as it is."""
+        len(self)  # refuses a closed cache
+        self.arena.warmup()
+
+    # ---- views and writes
+
+    def get_k_view(self, request_id, layer, copy=None):
+        """K of a sequence in one layer.
+
+        Parameters
+        ----------
+        request_id : hashable
+        layer : int
+        copy : bool, optional
+            None copies a scattered sequence only, False raises `ValueError` for one, True always copies.
+
+        Returns
+        -------
+        array ``(num_kv_heads, used_tokens, head_dim)``
+            Of NumPy: writable, unless a block in it is shared. It reads the arena in place and holds until the next
+            call that changes the cache, or inside a hold.
+
+        Raises
+        ------
+        UnknownSequence, IndexError, ValueError
+        """
+        return self._views(request_id, layer, (self._layer(layer).k_index,), copy)[0]
+
+    def get_v_view(self, request_id, layer, copy=None):
+        """V of a sequence in one layer; as `get_k_view`. `ValueError` where the layer has one plane only."""
+        return self._views(request_id, layer, (self._v_index(layer),), copy)[0]
+
+    def get_kv_views(self, request_id, layer, copy=None):
+        """K and V of a sequence in one layer, from one state; as `get_k_view`."""
+        return self._views(request_id, layer, (self._layer(layer).k_index, self._v_index(layer)), copy)
+
+    def get_views(self, request_id, layer, copy=None):
+        """Every plane of a sequence in one layer, in the layer's order, from one state; as `get_k_view`."""
+        return self._views(request_id, layer, range(len(self._layer(layer).planes)), copy)
+
+    def _views(self, request_id, layer, indices, copy):
+        slot, tokens, shared = self.locate(request_id)
+        arena = self.arena
+        arena.note_stream()
+        if slot < 0:
+            if copy is False:
+                raise ValueError(f"{request_id!r} is scattered over several runs of blocks: a view of it is a copy")
+            table = self.block_table(request_id)
+            return tuple([arena.gather(layer, index, table, tokens) for index in indices])
+        if copy:
+            return tuple([arena.copy_of(layer, index, slot, tokens) for index in indices])
+        return tuple([arena.view(layer, index, slot, tokens, not shared) for index in indices])
+
+    def write(self, request_id, layer, *planes, start=None):
+        """Write K/V of consecutive tokens of a sequence.
+
+        Parameters
+        ----------
+        request_id : hashable
+        layer : int
+        *planes : array ``(heads, n, width)``
+            One per plane, in the layer's order, NumPy or MLX, of exactly the plane's dtype.
+        start : int, optional
+            Position of the first; by default ``used_tokens - n``.
+
+        Raises
+        ------
+        UnknownSequence, IndexError
+        ValueError
+            Wrong number, shape or dtype of planes; positions that the sequence does not have.
+        CacheFull
+            A shared block would have to be copied first, and no block is unclaimed. Nothing has been written.
+        """
+        self._layer(layer)
+        sources = self.arena.sources(layer, planes, rows_axis=1)
+        sources.overwrites = True
+        self.arena.note_stream()
+        self.write_rows(request_id, sources, layer, start)
+
+    def _layer(self, layer):
+        if type(layer) is not int:
+            layer = _as_index(layer)
+        if not 0 <= layer < len(self._layers):
+            raise IndexError(f"layer {layer} of {len(self._layers)}")
+        return self._layers[layer]
+
+    def _v_index(self, layer):
+        index = self._layer(layer).v_index
+        if index is None:
+            raise ValueError(f"layer {layer} has one plane only, {self._layers[layer].planes[0].name!r}: get_views gives it")
+        return index
+
+    # ---- batches
+
+    def batch(self, request_ids=()):
+        """A `DecodeBatch` of these live sequences, kept across steps."""
+        return DecodeBatch(self, request_ids)
+
+    # ---- sight
+
+    @property
+    def total_allocated(self):
+        """Bytes that sequences hold, all layers, all planes."""
+        return (self.spec.num_blocks - self.free_blocks) * self.spec.block_bytes
+
+    @property
+    def total_free(self):
+        """Bytes that nobody holds."""
+        return self.free_blocks * self.spec.block_bytes
+
+    @property
+    def free_tokens(self):
+        """Tokens that fit into the free blocks."""
+        return self.free_blocks * self.spec.block_size
+
+    def stats(self):
+        """Every number at once: a `CacheStats`, which stays as it is."""
+        return CacheStats.of(self.spec, self.counters(), self.arena)
+
+    def dump_cache_stats(self, file=None):
+        """Write the configuration, the state and one line per sequence to `file` (standard output by default)."""
+        rows = []
+        for request_id in self:
+            try:
+                rows.append((request_id, self.used_tokens(request_id), self.limit(request_id), self.block_table(request_id)))
+            except UnknownSequence:
+                continue  # freed by another thread since
+        print(stats_text(self.spec, self.stats(), rows), file=sys.stdout if file is None else file)
+
+
+class DecodeBatch(BatchCore):
+    """Sequences that decode together: one append a step for all of them, one write a layer.
+
+    Made by `KVCache.batch`. Reading any array brings it up to date first.
+    """
+
+    def write(self, layer, *planes):
+        """Write the tokens of the last append in one layer, to where they are now.
+
+        Parameters
+        ----------
+        layer : int
+        *planes : array ``(B, heads, width)`` or ``(tokens, heads, width)``
+            One per plane: a row per token asked for (those of refused members are skipped), or per token granted.
+
+        Raises
+        ------
+        UnknownSequence
+            A member has been freed.
+        ValueError
+            No step, wrong number, shape or dtype of planes, a token that has been cut off since.
+        CacheFull
+            A shared block would have to be copied first, and no block is unclaimed.
+        """
+        cache = self.cache
+        cache._layer(layer)
+        sources = cache.arena.sources(layer, planes, rows_axis=0)
+        cache.arena.note_stream()
+        self.write_rows(sources, layer)
+
+    @property
+    def device_slots(self):
+        """Slots of the tokens granted, as an array of the arena's library; made at most once per generation."""
+        return self._device_arrays()[1]
+
+    @property
+    def device_positions(self):
+        """Positions of the tokens granted; as `device_slots`."""
+        return self._device_arrays()[2]
+
+    def _device_arrays(self):
+        made = getattr(self, "_made", None)
+        if made is None or made[0] != self.generation:
+            slots, positions = self.slots, self.positions
+            granted = slots >= 0
+            on_device = self.cache.arena.device_array
+            made = self._made = self.generation, on_device(slots[granted]), on_device(positions[granted])
+        return made
+
+
+def _spec_of(first, num_kv_heads, head_dim, max_total_tokens, block_size, dtype):
+    shape = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "max_total_tokens": max_total_tokens}
+    options = {"block_size": block_size, "dtype": dtype}
+    given = {name: value for name, value in options.items() if value is not None}
+    if isinstance(first, KVCacheSpec):
+        beside = [name for name, value in shape.items() if value is not None] + list(given)
+        if beside:
+            raise TypeError(f"a spec says it all: {', '.join(beside)} cannot be given beside it")
+        return first
+    missing = [name for name, value in shape.items() if value is None]
+    if missing:
+        raise TypeError(f"KVCache needs {', '.join(missing)}, or a KVCacheSpec alone")
+    return KVCacheSpec(first, **shape, **given)
+
+
+def _check_options(placement, overcommit, prefix_cache, **reserved):
+    if placement not in PLACEMENTS:
+        raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}, not {placement!r}")
+    if isinstance(overcommit, (bool, str)) or not hasattr(overcommit, "__float__"):
+        raise TypeError(f"overcommit must be a number, not {type(overcommit).__name__}")
+    if math.isnan(overcommit) or overcommit < 1:
+        raise ValueError(f"overcommit must be at least 1, not {overcommit}")
+    if not isinstance(prefix_cache, bool):
+        raise TypeError(f"prefix_cache must be a bool, not {type(prefix_cache).__name__}")
+    for name, present in (("policy", "lru"), ("max_move_tokens", None), ("clock", None)):
+        if reserved[name] != present:
+            raise ValueError(f"{name}={reserved[name]!r} is not available: only {present!r} is")
+
+
+def _as_index(layer):
+    if isinstance(layer, bool) or not hasattr(layer, "__index__"):
+        raise TypeError(f"layer must be an int, not {type(layer).__name__}")
+    return layer.__index__()

@@ -1,0 +1,121 @@
+"""What `stats()` returns and how the dumps print it."""
+
+from typing import NamedTuple
+
+MB = 1024 * 1024
+
+
+class CacheStats(NamedTuple):
+    """One moment of a cache. Equal to another as long as nothing has changed; MLX's memory takes no part in that.
+
+    Attributes
+    ----------
+    num_sequences : int
+        Live sequences.
+    total_blocks, used_blocks, free_blocks, cached_blocks, claimed_blocks : int
+        Blocks of the arena; held by sequences; held by nobody; of the free ones, those whose content may be found
+        again (none: prefixes are not kept yet); promised to live sequences beyond what they hold.
+    largest_free_run : int
+        Blocks of the longest gap.
+    fragmentation : float
+        ``1 - largest_free_run / free_blocks``; 0.0 when nothing is free.
+    allocated_bytes, free_bytes, arena_bytes : int
+    peak_used_blocks : int
+        The most blocks ever held at once.
+    moves, moved_tokens : int
+        Sequences moved to another place, and used tokens in them.
+    copied_tokens : int
+        Tokens copied by forks and copies on write.
+    arena_copies : int
+        Times that MLX copied a whole plane where it should have written in place.
+    mlx_active_bytes, mlx_peak_bytes, mlx_cache_bytes : int
+        MLX's memory in this process, the arena included; 0 with other backends.
+    """
+
+    num_sequences: int
+    total_blocks: int
+    used_blocks: int
+    free_blocks: int
+    cached_blocks: int
+    claimed_blocks: int
+    largest_free_run: int
+    fragmentation: float
+    allocated_bytes: int
+    free_bytes: int
+    arena_bytes: int
+    peak_used_blocks: int
+    moves: int
+    moved_tokens: int
+    copied_tokens: int
+    arena_copies: int
+    mlx_active_bytes: int
+    mlx_peak_bytes: int
+    mlx_cache_bytes: int
+
+    @classmethod
+    def of(cls, spec, counters, arena):
+        """From the pool's counters, taken in one go, and what the arena knows."""
+        live, free, largest, claimed, peak, moves, moved_tokens, copied_tokens = counters
+        used = spec.num_blocks - free
+        return cls(
+            live,
+            spec.num_blocks,
+            used,
+            free,
+            0,
+            claimed,
+            largest,
+            1 - largest / free if free else 0.0,
+            used * spec.block_bytes,
+            free * spec.block_bytes,
+            spec.arena_bytes,
+            peak,
+            moves,
+            moved_tokens,
+            copied_tokens,
+            arena.arena_copies,
+            *arena.library_memory(),
+        )
+
+    def _compared(self):
+        return tuple(self)[:-3]
+
+    def __eq__(self, other):
+        return self._compared() == other._compared() if isinstance(other, CacheStats) else NotImplemented
+
+    def __ne__(self, other):
+        return self._compared() != other._compared() if isinstance(other, CacheStats) else NotImplemented
+
+    def __hash__(self):
+        return hash(self._compared())
+
+
+def stats_text(spec, stats, rows):
+    """The text of `dump_cache_stats`; `rows` are (request id, used tokens, limit, block table)."""
+    heads, head_dim = (("mixed" if each is None else each) for each in (spec.num_kv_heads, spec.head_dim))
+    lines = [
+        "=== KVCache Statistics ===",
+        "Configuration:",
+        f"  Layers: {spec.num_layers}, Heads: {heads}, HeadDim: {head_dim}",
+        f"  BlockSize: {spec.block_size}, TotalBlocks: {stats.total_blocks}",
+        "Allocation State:",
+        f"  Allocated sequences: {stats.num_sequences}",
+        f"  Total allocated: {stats.allocated_bytes / MB:.2f} MB",
+        f"  Total free: {stats.free_bytes / MB:.2f} MB",
+        f"  Fragmentation: {stats.fragmentation:.2f}",
+        "Sequences:",
+    ]
+    lines += [f"  {request_id}: {used}/{limit} tokens, blocks {_runs(table)}" for request_id, used, limit, table in rows]
+    return "\n".join(lines)
+
+
+def _runs(table, most=8):
+    """``[start, +blocks]`` of each run of a block table, the first few of them."""
+    runs = []
+    for block in table.tolist():
+        if runs and runs[-1][0] + runs[-1][1] == block:
+            runs[-1][1] += 1
+        else:
+            runs.append([block, 1])
+    shown = ", ".join(f"[{start}, +{length}]" for start, length in runs[:most])
+    return (shown or "none") + (f" and {len(runs) - most} more runs" if len(runs) > most else "")
