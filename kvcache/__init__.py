@@ -1,6 +1,7 @@
 """kvcache: the memory manager for the key/value caches of language-model inference."""
 
 from kvcache._alloc import Allocation, BlockAllocator, BlockRun
+from kvcache._version import __version__
 from kvcache.cache import DecodeBatch, KVCache
 from kvcache.errors import (
     CacheClosed,
@@ -14,8 +15,6 @@ from kvcache.errors import (
 )
 from kvcache.spec import KVCacheSpec, LayerSpec, PlaneSpec
 from kvcache.stats import CacheStats
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Allocation",
@@ -35,4 +34,5 @@ __all__ = [
     "RequestTooLarge",
     "SequenceExists",
     "UnknownSequence",
+    "__version__",
 ]
