@@ -23,7 +23,6 @@ SOURCES := pyproject.toml setup.py MANIFEST.in LICENSE \
 	$(wildcard kvcache/*.py kvcache/*.pyx kvcache/*.pxd kvcache/*.pyi kvcache/*.h kvcache/py.typed)
 # The tests see the installed package only: nothing beside them is called kvcache.
 PYTEST = cd $(VENV) && $(BIN)/pytest -c $(ROOT)/pyproject.toml --rootdir $(ROOT)
-SCRATCH_FILES = kvcache tests docs README.md pyproject.toml setup.py
 
 .PHONY: demo test bench docs lint coverage sanitize dist dist-check inplace clean
 .DELETE_ON_ERROR:
@@ -71,15 +70,16 @@ $(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.docs $(VENV)/.lint: $(VENV)/
 
 # ---- builds of their own, away from the sources
 
+# $(call unpacked,FOLDER) gives the sources anew, nothing built
+unpacked = rm -rf $(1) && mkdir -p $(1) && tar xzf dist/*.tar.gz -C $(1) --strip-components=1
+
 coverage: $(VENV)/.test
-	rm -rf build/coverage && mkdir -p build/coverage
-	cp -r $(SCRATCH_FILES) build/coverage/ && rm -f build/coverage/kvcache/*.so build/coverage/kvcache/*.c
+	$(call unpacked,build/coverage)
 	cd build/coverage && KVCACHE_TRACE=1 $(BIN)/python setup.py -q build_ext --inplace
 	cd build/coverage && $(BIN)/python -m pytest --cov --cov-report=term --cov-report=html:html $(TESTS) $(ARGS)
 
 sanitize: $(VENV)/.test
-	rm -rf build/sanitize && mkdir -p build/sanitize
-	cp -r $(SCRATCH_FILES) build/sanitize/ && rm -f build/sanitize/kvcache/*.so build/sanitize/kvcache/*.c
+	$(call unpacked,build/sanitize)
 	cd build/sanitize && KVCACHE_SANITIZE=1 $(BIN)/python setup.py -q build_ext --inplace
 	cd build/sanitize && LD_PRELOAD=$$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
 		$(BIN)/python -m pytest $(TESTS) $(ARGS)
