@@ -40,10 +40,8 @@ RANKS = {
     "errors": 0,
     "spec": 0,
 }
-ROOMS = {name for name, rank in RANKS.items() if rank == 1} - {
-    "_alloc",
-    "_copy",
-}  # closed to all but their own rank
+DOORS = {"_alloc", "_batch", "_copy"}  # the other native modules are closed to the ranks above
+ROOMS = {name for name, rank in RANKS.items() if rank == 1} - DOORS
 ONLY_IMPORTER = {"mlx_lm": "mlx_lm"}  # outside package -> the one module that may import it
 OPTIONAL = ("mlx", "mlx_lm", "ml_dtypes", "rich", "typer")
 
