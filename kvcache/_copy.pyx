@@ -157,8 +157,10 @@ cdef int move(Copier self, const move_t *moves, int64_t count) noexcept nogil:
     if self.closed:
         return refuse_closed(self)
     for i in range(count):
+        if moves[i].blocks < 0:
+            return refuse_move(self, &moves[i])
         last = self.num_blocks - moves[i].blocks
-        if moves[i].blocks < 0 or not (0 <= moves[i].source <= last and 0 <= moves[i].destination <= last):
+        if not (0 <= moves[i].source <= last and 0 <= moves[i].destination <= last):
             return refuse_move(self, &moves[i])
     if self.by_graph:
         return move_by_graph(self, moves, count)
@@ -359,9 +361,7 @@ cdef raise_kept(Copier self):
 
 @cython.auto_pickle(False)
 cdef class Copier:
-    """Copier(layers, block_size, wait=None, graph=None)
-    --
-
+    """Copier(layers, block_size, wait=None, graph=None)\n--\n
     Native copying between the planes of one arena.
 
     Parameters
@@ -451,8 +451,11 @@ cdef class Copier:
         """
         cdef plane_t *plane = plane_at(self, layer, index)
         cdef Lent lent = Lent(exporter(out, self.dtypes[layer][index]), True)
-        cdef int64_t i, blocks = (tokens + self.block_size - 1) // self.block_size
-        if tokens < 0 or block_table.shape[0] < blocks:
+        cdef int64_t i, blocks
+        if not 0 <= tokens <= plane.tokens:
+            raise ValueError(f"{tokens} tokens of {plane.tokens}")
+        blocks = (tokens + self.block_size - 1) // self.block_size
+        if block_table.shape[0] < blocks:
             raise ValueError(f"{tokens} tokens need {blocks} blocks, the table has {block_table.shape[0]}")
         for i in range(blocks):
             if not 0 <= block_table[i] < self.num_blocks:
@@ -469,10 +472,11 @@ cdef class Copier:
         """Copy `tokens` tokens from `slot` on to `out`, as in :meth:`read`."""
         cdef plane_t *plane = plane_at(self, layer, index)
         cdef Lent lent = Lent(exporter(out, self.dtypes[layer][index]), True)
-        cdef int64_t head, size = tokens * plane.token_stride
+        cdef int64_t head, size
         cdef char *target = <char *>lent.view.buf
         if tokens < 0 or not 0 <= slot <= plane.tokens - tokens:
-            raise ValueError(f"tokens [{slot}, {slot + tokens}) of {plane.tokens}")
+            raise ValueError(f"{tokens} tokens from {slot} of {plane.tokens}")
+        size = tokens * plane.token_stride
         if plane.data == NULL or lent.view.len != plane.heads * size:
             raise ValueError(f"out has {lent.view.len} bytes, {plane.heads * size} are read")
         with nogil:
@@ -557,9 +561,7 @@ cdef bytearray pack_source(Sources self, const plane_t *plane, source_t *item):
 
 @cython.auto_pickle(False)
 cdef class Sources:
-    """Sources(copier, layer, planes, rows_axis=1)
-    --
-
+    """Sources(copier, layer, planes, rows_axis=1)\n--\n
     The arrays of one write, checked against the planes of a layer, evaluated, and lent to the copier.
 
     Parameters

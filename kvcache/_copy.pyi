@@ -1,0 +1,49 @@
+from collections.abc import Callable, Mapping, Sequence
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+
+__pyx_capi__: dict[str, Any]
+__test__: dict[str, str]
+
+class DType(IntEnum):
+    FLOAT32 = 1
+    FLOAT16 = 2
+    BFLOAT16 = 3
+    UINT32 = 4
+    UINT8 = 5
+
+def address(array: Any) -> int: ...
+
+class Copier:
+    error: BaseException | None
+    def __new__(
+        cls,
+        layers: Sequence[Mapping[str, Any]],
+        block_size: int,
+        wait: Callable[[], object] | None = None,
+        graph: Any | None = None,
+    ) -> Copier: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+    def move(self, moves: Sequence[tuple[int, int, int]]) -> None: ...
+    def write(self, sources: Sources, layer: int, spans: Sequence[tuple[int, int, int]]) -> None: ...
+    def read(self, layer: int, index: int, block_table: np.ndarray, tokens: int, out: Any) -> None: ...
+    def read_run(self, layer: int, index: int, slot: int, tokens: int, out: Any) -> None: ...
+    def warmup(self) -> None: ...
+    def close(self) -> None: ...
+
+class Sources:
+    overwrites: bool
+    def __new__(cls, copier: Copier, layer: int, planes: Sequence[Any], rows_axis: int = 1) -> Sources: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def layer(self) -> int: ...
+    @property
+    def arrays(self) -> tuple[Any, ...]: ...
