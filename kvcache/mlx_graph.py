@@ -114,8 +114,8 @@ class GraphPlanes:
             planes = self._layers[layer]
             for index in range(len(planes)):
                 self._settle(layer, index)
-            rows, slots = _indices(spans)
-            new = [(array if isinstance(array, mx.array) else mx.array(array))[:, rows] for array in arrays]
+            rows, slots = _indices(spans, planes[0].shape[1])
+            new = [_on_device(array)[:, rows] for array in arrays]
             mx.async_eval(new)  # what fails in these fails before a plane has changed
             self._streams.note()
             for index, plane in enumerate(planes):
@@ -270,9 +270,16 @@ def in_safe_order(sources, destinations, limit):
     return [(np.array([source_of[block] for block in chunk]), np.array(chunk)) for chunk in chunks if chunk]
 
 
-def _indices(spans):
-    """Rows to take and slots to put them in: slices for one span, int32 arrays for several."""
-    if len(spans) == 1:
+def _on_device(array):
+    return array if isinstance(array, mx.array) else mx.array(np.array(array, order="C"))
+
+
+def _indices(spans, tokens):
+    """Rows to take and slots to put them in: slices for one span, int32 arrays for several.
+
+    For a span over all of the `tokens` of a plane as well: MLX would make the rows themselves the new plane.
+    """
+    if len(spans) == 1 and spans[0][2] < tokens:
         row, slot, count = spans[0]
         return slice(row, row + count), slice(slot, slot + count)
     row, slot, count = np.array(spans, np.int64).reshape(-1, 3).T
