@@ -1,0 +1,270 @@
+"""The native copier by itself: its table of planes, what it lends and gives back, what it refuses."""
+
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from kvcache._copy import Copier, DType, Sources, address
+
+
+def planes(tokens=12, dtype=np.float32):
+    return {"k": np.zeros((2, tokens, 4), dtype), "v": np.zeros((2, tokens, 3), dtype)}
+
+
+@pytest.fixture
+def layers():
+    return [planes(), {"only": np.zeros((1, 12, 2), np.uint8)}]
+
+
+@pytest.fixture
+def copier(layers):
+    return Copier(layers, 3)
+
+
+def rows(count=2):
+    return np.ones((2, count, 4), np.float32), np.full((2, count, 3), 2, np.float32)
+
+
+def test_a_copier_knows_its_arena(copier):
+    assert (copier.num_layers, copier.num_blocks, copier.block_size) == (2, 4, 3)
+
+
+def test_dtype_codes_are_numbered_for_native_engines():
+    assert [code.name for code in DType] == ["FLOAT32", "FLOAT16", "BFLOAT16", "UINT32", "UINT8"]
+    assert list(map(int, DType)) == [1, 2, 3, 4, 5]
+
+
+def test_the_address_of_an_array_is_where_its_first_element_lies():
+    array = np.arange(12, dtype=np.float32).reshape(3, 4)
+    assert address(array) == array.ctypes.data
+    assert address(array[1:, 2:]) == array.ctypes.data + 24
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda plane: plane[:, ::2], lambda plane: plane[:, :, ::-1], np.asfortranarray],
+    ids=["every second token", "reversed", "Fortran order"],
+)
+def test_planes_that_are_not_contiguous_are_refused(change):
+    with pytest.raises(ValueError, match="layer 1 is not C-contiguous"):
+        Copier([planes(), {"k": change(planes()["k"])}], 3)
+
+
+def test_planes_that_cannot_be_written_are_refused():
+    frozen = planes()
+    frozen["v"].flags.writeable = False
+    with pytest.raises((ValueError, BufferError)):
+        Copier([frozen], 3)
+
+
+def test_a_move_changes_every_plane_of_every_layer(copier, layers):
+    for plane in (plane for layer in layers for plane in layer.values()):
+        plane[:, :3] = 7
+    copier.move([(0, 2, 1), (2, 3, 1)])
+    for plane in (plane for layer in layers for plane in layer.values()):
+        assert (plane[:, [0, 1, 2, 6, 7, 8, 9, 10, 11]] == 7).all() and not plane[:, 3:6].any()
+
+
+def test_a_write_changes_its_layer_only(copier, layers):
+    copier.write(Sources(copier, 0, rows()), 0, [(1, 4, 1)])
+    assert (layers[0]["k"][:, 4] == 1).all() and (layers[0]["v"][:, 4] == 2).all()
+    assert layers[0]["k"].sum() == 8 and layers[0]["v"].sum() == 12 and not layers[1]["only"].any()
+
+
+def test_what_moves_and_spans_are_made_of_is_checked(copier):
+    for bad in ([(0, 1)], [(0, 1, None)], [None]):
+        with pytest.raises((TypeError, ValueError)):
+            copier.move(bad)
+        with pytest.raises((TypeError, ValueError)):
+            copier.write(Sources(copier, 0, rows()), 0, bad)
+    with pytest.raises(TypeError):
+        copier.write(None, 0, [])
+    with pytest.raises(OverflowError):
+        copier.move([(0, 1, 2**63)])
+
+
+def test_a_wait_that_fails_is_raised_and_nothing_is_written(layers):
+    def wait():
+        raise KeyboardInterrupt
+
+    copier = Copier(layers, 3, wait)
+    layers[0]["k"][:, :3] = 7
+    with pytest.raises(KeyboardInterrupt):
+        copier.move([(0, 1, 1)])
+    assert copier.error is None and layers[0]["k"].sum() == 7 * 24
+    copier.write(Sources(copier, 0, rows()), 0, [(0, 0, 1)])  # new slots: no wait
+    sources = Sources(copier, 0, rows())
+    sources.overwrites = True
+    with pytest.raises(KeyboardInterrupt):
+        copier.write(sources, 0, [(0, 6, 1)])
+    assert not layers[0]["k"][:, 6].any()
+
+
+class Recorder:
+    """Stands where the graph is: keeps what it is asked for, or fails."""
+
+    def __init__(self, error=None):
+        self.calls, self.error = [], error
+
+    def move(self, moves):
+        self.calls.append(("move", moves))
+        if self.error:
+            raise self.error
+
+    def write(self, arrays, layer, spans):
+        self.calls.append(("write", layer, spans, [array.shape for array in arrays]))
+        if self.error:
+            raise self.error
+
+
+def test_where_the_host_may_not_write_the_graph_is_asked(layers):
+    graph = Recorder()
+    copier = Copier(layers, 3, None, graph)
+    copier.move([(0, 1, 2), (3, 0, 1)])
+    first = tuple(new.swapaxes(0, 1) for new in rows(5))
+    copier.write(Sources(copier, 0, first, 0), 0, [(4, 7, 1), (0, 0, 2)])
+    assert graph.calls == [
+        ("move", [(0, 1, 2), (3, 0, 1)]),
+        ("write", 0, [(4, 7, 1), (0, 0, 2)], [(2, 5, 4), (2, 5, 3)]),
+    ]
+    assert not layers[0]["k"].any()
+
+
+def test_what_the_graph_raises_is_raised(layers):
+    copier = Copier(layers, 3, None, Recorder(OSError("gone")))
+    with pytest.raises(OSError, match="gone"):
+        copier.move([(0, 1, 1)])
+    with pytest.raises(OSError, match="gone"):
+        copier.write(Sources(copier, 0, rows()), 0, [(0, 0, 1)])
+    assert copier.error is None
+
+
+def test_the_graph_is_not_asked_for_what_leaves_the_arena(layers):
+    graph = Recorder()
+    copier = Copier(layers, 3, None, graph)
+    with pytest.raises(ValueError, match="leaves the arena"):
+        copier.move([(0, 3, 2)])
+    with pytest.raises(ValueError, match="do not fit"):
+        copier.write(Sources(copier, 0, rows()), 0, [(0, 11, 2)])
+    assert graph.calls == []
+
+
+def test_sources_keep_their_rows_alive_and_let_them_go(copier):
+    new = rows()
+    before = [sys.getrefcount(array) for array in new]
+    sources = Sources(copier, 0, new)
+    assert (sources.rows, sources.layer, sources.overwrites) == (2, 0, False)
+    assert all(a is b for a, b in zip(sources.arrays, new, strict=True))
+    assert all(sys.getrefcount(array) > count for array, count in zip(new, before, strict=True))
+    del sources
+    assert [sys.getrefcount(array) for array in new] == before
+
+
+def test_refused_sources_let_their_rows_go(copier):
+    good, bad = rows()[0], np.zeros((2, 3, 3), np.float32)
+    before = sys.getrefcount(good)
+    with pytest.raises(ValueError, match=r"takes float32 \(2, 2, 3\), got float32 \(2, 3, 3\)"):
+        Sources(copier, 0, (good, bad))
+    assert sys.getrefcount(good) == before
+
+
+# --- reading
+
+
+def test_blocks_are_read_in_table_order(copier, layers):
+    layers[1]["only"][0, :, 0] = np.arange(12)
+    out = np.full((1, 7, 2), 9, np.uint8)
+    copier.read(1, 0, np.array([2, 3, 0], np.int32), 7, out)
+    assert out[0].tolist() == [[6, 0], [7, 0], [8, 0], [9, 0], [10, 0], [11, 0], [0, 0]]
+
+
+def test_a_run_is_read(copier, layers):
+    layers[1]["only"][0, :, 0] = np.arange(12)
+    out = np.full((1, 4, 2), 9, np.uint8)
+    copier.read_run(1, 0, 5, 4, out)
+    assert out[0, :, 0].tolist() == [5, 6, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("layer", "index", "table", "tokens", "error"),
+    [
+        (2, 0, [0], 1, IndexError),
+        (-1, 0, [0], 1, IndexError),
+        (1, 1, [0], 1, IndexError),
+        (1, -1, [0], 1, IndexError),
+        (1, 0, [4], 1, ValueError),
+        (1, 0, [-1], 1, ValueError),
+        (1, 0, [0], 4, ValueError),
+        (1, 0, [0], -1, ValueError),
+        (1, 0, [0], 2, ValueError),  # out holds one token
+    ],
+)
+def test_a_read_outside_the_arena_is_refused(copier, layer, index, table, tokens, error):
+    out = np.full((1, 1, 2), 9, np.uint8)
+    with pytest.raises(error):
+        copier.read(layer, index, np.array(table, np.int32), tokens, out)
+    assert (out == 9).all()
+
+
+@pytest.mark.parametrize(("slot", "tokens"), [(-1, 1), (12, 1), (0, 2), (0, -1), (2**62, 1), (0, 2**62)])
+def test_a_run_outside_the_arena_is_refused(copier, slot, tokens):
+    out = np.full((1, 1, 2), 9, np.uint8)
+    with pytest.raises(ValueError, match=r"tokens|bytes"):
+        copier.read_run(1, 0, slot, tokens, out)
+    assert (out == 9).all()
+
+
+def test_what_cannot_be_written_is_no_place_to_read_to(copier):
+    out = np.zeros((1, 1, 2), np.uint8)
+    out.flags.writeable = False
+    with pytest.raises((ValueError, BufferError)):
+        copier.read_run(1, 0, 0, 1, out)
+
+
+def test_nothing_is_read_where_the_host_may_not(layers):
+    copier = Copier(layers, 3, None, Recorder())
+    with pytest.raises(ValueError, match="bytes"):
+        copier.read_run(1, 0, 0, 1, np.zeros((1, 1, 2), np.uint8))
+    copier.warmup()  # nothing to touch
+
+
+def test_a_closed_copier_refuses_everything(copier):
+    sources = Sources(copier, 0, rows())
+    copier.close()
+    copier.close()
+    calls = (
+        lambda: copier.move([]),
+        lambda: copier.write(sources, 0, []),
+        lambda: Sources(copier, 0, rows()),
+        lambda: copier.read_run(1, 0, 0, 1, np.zeros((1, 1, 2), np.uint8)),
+    )
+    for call in calls:
+        with pytest.raises((ValueError, IndexError)):
+            call()
+    copier.warmup()
+
+
+# --- threads
+
+
+def test_other_threads_run_while_bytes_are_copied():
+    plane = np.zeros((1, 2**15, 256), np.float32)  # 32 MiB
+    copier = Copier([{"k": plane}], 16)
+    ticks, stop = [], threading.Event()
+
+    def tick():
+        while not stop.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    start = time.perf_counter()
+    copier.move([(0, 1024, 1024)] * 64)  # 1 GiB in one call
+    end = time.perf_counter()
+    stop.set()
+    thread.join()
+    assert sum(start < at < end for at in ticks) > 5
