@@ -519,7 +519,7 @@ def test_warmup_changes_no_content(arena, oracle):
 
 
 def test_warmup_loses_no_byte_that_another_thread_writes_meanwhile():
-    arena = NumpyArena(KVCacheSpec(1, 1, 4096, 64, 4, dtype="float16"))
+    arena = NumpyArena(KVCacheSpec(1, 1, 4096, 8192, 4, dtype="float16", v_head_dim=1))
     plane = arena.k[0].view(np.uint8).reshape(-1)
     stop, lost = threading.Event(), []
 
