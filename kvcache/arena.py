@@ -192,6 +192,10 @@ class MlxArena(_Arena):
         self._mx = mx
         self._streams = Streams(stream)
         device = self._streams.device
+        if writes is None:
+            writes = "host" if device.type == mx.cpu else "graph"
+        if writes not in ("host", "graph"):
+            raise ValueError(f"writes is {writes!r}, expected 'host', 'graph' or None")
         ensure_available(spec.arena_bytes, usable_memory(device))
         self.planes = tuple(
             {
@@ -202,8 +206,6 @@ class MlxArena(_Arena):
         )
         mx.eval(self.planes)
         self._arrays = [list(planes.values()) for planes in self.planes]
-        if writes is None:
-            writes = "host" if device.type == mx.cpu else "graph"
         if writes == "graph":
             self._graph = GraphPlanes(self.planes, spec.block_size, self._streams)
             held = self.planes

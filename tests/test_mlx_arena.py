@@ -507,6 +507,11 @@ def test_threads_that_copy_and_count_see_whole_updates(writes):
     assert values(arena.k[0])[:3] == [59.0] * 3
 
 
+def test_an_unknown_way_to_write_is_refused():
+    with pytest.raises(ValueError, match="'gpu', expected 'host'"):
+        MlxArena(SPEC, writes="gpu")
+
+
 def test_the_path_follows_the_device():
     assert MlxArena(SPEC)._graph is None  # these tests run on the CPU
     assert usable_memory(mx.default_device()) > 0
