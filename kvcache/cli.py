@@ -173,10 +173,10 @@ def _model_of(mlx_lm, arguments):
         return model, corpus, f"small random Llama, {size}"
     try:
         model, tokenizer = mlx_lm.load(arguments.model)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # loaders and tokenizers raise what they like
         raise UsageError(
-            f"{arguments.model} does not load: {error}\n--model takes a folder with config.json, weights and "
-            "tokenizer, or the name of a repository on the Hugging Face hub"
+            f"{arguments.model} does not load: {type(error).__name__}: {error}\n--model takes a folder with "
+            "config.json, weights and tokenizer, or the name of a repository on the Hugging Face hub"
         ) from error
     return model, tokenizer.encode(TEXT), f"{arguments.model}, {size}"
 

@@ -23,7 +23,8 @@ COLOURS = (
 )
 MAP_ROWS = 8  # at most
 REFRESH = 0.1  # seconds between two frames
-PHASES = {"serve": "serving from the arena", "replay": "replaying alone, mlx-lm's cache"}
+ROUNDING = 0.01  # of a log-probability in float32, generously
+PHASES = {"serve": "serving from one arena", "replay": "replaying one by one"}
 
 
 class DemoView:
@@ -156,10 +157,13 @@ def _facts(result):
 
 
 def _verdict(result):
-    if result.equal:
-        return Text(
-            f"✓ all {result.tokens:,} tokens of {result.requests} requests are the same as alone, "
-            "with mlx-lm's own cache",
-            style="bold green",
-        )
-    return Text(f"✗ {result.difference}", style="bold red")
+    if not result.equal:
+        return Text(f"✗ {result.difference}", style="bold red")
+    verdict = Text(
+        f"✓ all {result.tokens:,} tokens of {result.requests} requests are the same as alone, "
+        "with mlx-lm's own cache",
+        style="bold green",
+    )
+    if result.largest_logprob_difference > ROUNDING:
+        verdict.append("\n! but log-probabilities differ by more than rounding explains", style="bold yellow")
+    return verdict
