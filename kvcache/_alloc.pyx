@@ -335,7 +335,9 @@ cdef class Allocation:
         Leading tokens whose K/V are in place already; of a fork, what the parent had committed.
     """
 
-    def __cinit__(self, request_id, tokens, max_tokens, cached_tokens):
+    def __init__(self, request_id, tokens, max_tokens, cached_tokens):
+        if self.max_tokens:
+            raise TypeError("an Allocation does not change")
         self.request_id = request_id
         self.tokens = tokens
         self.max_tokens = max_tokens
@@ -361,7 +363,10 @@ cdef class Allocation:
 
 
 cdef Allocation new_record(object request_id, int64_t tokens, int64_t limit):
-    return Allocation.__new__(Allocation, request_id, tokens, limit, 0)
+    cdef Allocation record = Allocation.__new__(Allocation)
+    record.request_id = request_id
+    record.tokens, record.max_tokens, record.cached_tokens = tokens, limit, 0
+    return record
 
 
 cdef handle_t handle_of(CacheCore cache, object request_id) except 0:
@@ -542,6 +547,8 @@ cdef class CacheCore:
         if kv_lock_try(&self.pool.lock):
             status = CLOSED if self.pool.closed else admit(&self.pool, tokens, limit, False, &record.handle)
             pool_unlock(&self.pool)
+        if status == OK:
+            return self.enter(record)
         if status == BUSY or status == HELD:
             self.before_waiting()
             with nogil:

@@ -10,6 +10,7 @@ from kvcache._sequences cimport handle_t, spans_t, status_t
 cdef class BatchCore:
     cdef readonly CacheCore cache
     cdef list ids                   # of the members, in order
+    cdef dict known                 # request id -> Allocation
     cdef int64_t size               # members
     cdef int64_t capacity           # that the next three have room for
     cdef handle_t *handles          # [size]
@@ -37,6 +38,8 @@ cdef class BatchCore:
     cdef object starts_array
     cdef object own_slots           # one entry per member: kept while membership and order stand
     cdef object own_positions
+    cdef int32_t *own_slot
+    cdef int32_t *own_position
     cdef int32_t *slot
     cdef int32_t *position
     cdef int32_t *split
@@ -45,8 +48,7 @@ cdef class BatchCore:
 
     cdef int join(self, object request_id) except -1
     cdef int reserve(self, int64_t members) except -1
-    cdef int rebuild(self) except -1
-    cdef int use_arrays(self, object slots, object positions) except -1
+    cdef int rebuild(self, int64_t kept, int64_t removed) except -1
     cdef object take_step(self, const int32_t *counts, object result, object slots, object positions)
     cdef void end_step(self) noexcept nogil
     cdef int64_t first_of(self, int64_t index) noexcept nogil

@@ -6,9 +6,10 @@ date when they are read: the pool counts its changes, and a batch that has not s
 
 import numpy as np
 
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport UINT32_MAX, int32_t, int64_t, uint32_t
 from libc.stdlib cimport free, realloc
-from libc.string cimport memchr, memset
+from libc.string cimport memchr, memmove, memset
 
 from kvcache._alloc cimport Allocation, CacheCore
 from kvcache._calls cimport wait_for_holds
@@ -44,10 +45,17 @@ cdef enum:
     DEAD = 0xFFFFFFFF  # the version of a member that has been seen to be freed
 
 
-cdef int32_t *ints_of(object array) except? NULL:
-    """The entries of a C-contiguous int32 array that the caller keeps alive."""
-    cdef int32_t[::1] view = array
-    return &view[0] if view.shape[0] else NULL
+cdef void *data_of(object array) except? NULL:
+    """Where the bytes of a contiguous array begin; the caller keeps it alive."""
+    cdef Py_buffer view
+    PyObject_GetBuffer(array, &view, PyBUF_SIMPLE)
+    cdef void *data = view.buf
+    PyBuffer_Release(&view)
+    return data
+
+
+cdef inline int32_t *ints_of(object array) except? NULL:
+    return <int32_t *>data_of(array)
 
 
 cdef object counts_array(object counts, int64_t size):
@@ -78,10 +86,11 @@ cdef class BatchCore:
     def __init__(self, CacheCore cache not None, request_ids=()):
         self.cache = cache
         self.ids = []
+        self.known = {}
         self.size = 0
         for request_id in request_ids:
             self.join(request_id)
-        self.rebuild()
+        self.rebuild(0, -1)
 
     def __dealloc__(self):
         free(self.handles)
@@ -94,14 +103,13 @@ cdef class BatchCore:
 
     cdef int join(self, object request_id) except -1:
         """Appends a member; the arrays are rebuilt by whoever calls."""
-        cdef handle_t handle = (<Allocation>self.cache.find(request_id)).handle
-        cdef int64_t index
-        for index in range(self.size):
-            if self.handles[index] == handle:
-                raise SequenceExists(request_id=request_id)
+        cdef Allocation record = self.cache.find(request_id)
+        if request_id in self.known:
+            raise SequenceExists(request_id=request_id)
         self.reserve(self.size + 1)
-        self.handles[self.size] = handle
+        self.known[request_id] = record
         self.ids.append(request_id)
+        self.handles[self.size] = record.handle
         self.size += 1
         return 0
 
@@ -137,10 +145,8 @@ cdef class BatchCore:
         UnknownSequence, SequenceExists
             It does not live, or is a member already.
         """
-        if request_id in self.ids and request_id in self.cache:
-            raise SequenceExists(request_id=request_id)
         self.join(request_id)
-        self.rebuild()
+        self.rebuild(self.size - 1, -1)
 
     def remove(self, request_id):
         """remove($self, request_id)
@@ -153,16 +159,19 @@ cdef class BatchCore:
         UnknownSequence
             It is no member.
         """
-        cdef int64_t index
-        try:
-            index = self.ids.index(request_id)
-        except ValueError:
-            raise UnknownSequence(request_id=request_id) from None
+        cdef int64_t index = 0
+        cdef handle_t handle
+        record = self.known.pop(request_id, None)
+        if record is None:
+            raise UnknownSequence(request_id=request_id)
+        handle = (<Allocation>record).handle
+        while self.handles[index] != handle:
+            index += 1
         del self.ids[index]
         self.size -= 1
-        for index in range(index, self.size):
-            self.handles[index] = self.handles[index + 1]
-        self.rebuild()
+        memmove(&self.handles[index], &self.handles[index + 1], (self.size - index) * sizeof(handle_t))
+        memmove(&self.versions[index], &self.versions[index + 1], (self.size - index) * sizeof(uint32_t))
+        self.rebuild(self.size, index)
 
     def reorder(self, indices):
         """reorder($self, indices)
@@ -184,10 +193,11 @@ cdef class BatchCore:
             raise ValueError(f"an index comes twice in {chosen}")
         handles = [self.handles[index] for index in chosen]
         self.ids = [self.ids[index] for index in chosen]
+        self.known = {request_id: self.known[request_id] for request_id in self.ids}
         self.size = len(chosen)
         for position in range(self.size):
             self.handles[position] = handles[position]
-        self.rebuild()
+        self.rebuild(0, -1)
 
     def __len__(self):
         return self.size
@@ -196,35 +206,39 @@ cdef class BatchCore:
         return True
 
     def __contains__(self, request_id):
-        return request_id in self.ids
+        return request_id in self.known
 
     def __iter__(self):
         return iter(list(self.ids))
 
-    cdef int rebuild(self) except -1:
-        """New arrays for a new membership or order, with no step."""
+    cdef int rebuild(self, int64_t kept, int64_t removed) except -1:
+        """New arrays, with no step: of the first `kept` members it is known where they were, one was at `removed`."""
+        cdef int32_t *lengths = self.length
+        cdef int32_t *starts = self.start
+        cdef int64_t index
+        before = self.lengths_array, self.starts_array  # alive until they have been read
         self.splits_array = np.zeros(self.size + 1, np.int32)
-        self.lengths_array = np.full(self.size, -1, np.int32)
-        self.starts_array = np.full(self.size, -1, np.int32)
+        self.lengths_array = np.empty(self.size, np.int32)
+        self.starts_array = np.empty(self.size, np.int32)
         self.split = ints_of(self.splits_array)
         self.length = ints_of(self.lengths_array)
         self.start = ints_of(self.starts_array)
-        self.own_slots = np.full(self.size, -1, np.int32)
-        self.own_positions = np.full(self.size, -1, np.int32)
-        self.use_arrays(self.own_slots, self.own_positions)
+        self.own_slots = self.slots_array = np.empty(self.size, np.int32)
+        self.own_positions = self.positions_array = np.empty(self.size, np.int32)
+        self.own_slot = self.slot = ints_of(self.own_slots)
+        self.own_position = self.position = ints_of(self.own_positions)
+        self.entries, self.uniform = self.size, True
         self.end_step()
-        self.cache.lock_pool()
-        self.seen = self.cache.pool.changes - 1
-        self.refresh()
-        pool_unlock(&self.cache.pool)
         self.number += 1
-        return 0
-
-    cdef int use_arrays(self, object slots, object positions) except -1:
-        self.slots_array, self.positions_array = slots, positions
-        self.slot, self.position = ints_of(slots), ints_of(positions)
-        self.uniform = slots is self.own_slots
-        self.entries = len(slots)
+        self.cache.lock_pool()
+        for index in range(kept):
+            self.length[index] = lengths[index + (0 <= removed <= index)]
+            self.start[index] = starts[index + (0 <= removed <= index)]
+        for index in range(kept, self.size):
+            self.look(index)
+        if kept == 0:
+            self.seen, self.seen_moves = self.cache.pool.changes, self.cache.pool.moves
+        pool_unlock(&self.cache.pool)
         return 0
 
     cdef void end_step(self) noexcept nogil:
@@ -280,7 +294,7 @@ cdef class BatchCore:
         """
         cdef const int32_t *each = NULL
         cdef int64_t asked = self.size
-        slots, positions = self.own_slots, self.own_positions
+        slots = positions = None
         if type(counts) is not int or counts != 1:
             per_member = counts_array(counts, self.size)
             asked = int(per_member.sum(dtype=np.int64))
@@ -295,16 +309,13 @@ cdef class BatchCore:
     cdef object take_step(self, const int32_t *counts, object result, object slots, object positions):
         """Decides under the lock, then fills the arrays: a step that fails leaves those of the step before."""
         cdef CacheCore cache = self.cache
-        cdef unsigned char *got = NULL
-        cdef unsigned char[::1] flags
-        cdef int32_t *into[2]
-        cdef int64_t entries = len(slots)
-        cdef bint uniform = counts == NULL
+        cdef unsigned char *got = <unsigned char *>data_of(result)
+        cdef int32_t *slot = self.own_slot
+        cdef int32_t *position = self.own_position
+        cdef int64_t entries = self.size
         cdef status_t status
-        if self.size:
-            flags = result.view(np.uint8)
-            got = &flags[0]
-        into[0], into[1] = ints_of(slots), ints_of(positions)
+        if counts != NULL:
+            slot, position, entries = ints_of(slots), ints_of(positions), len(slots)
         cache.before_waiting()
         with nogil:
             kv_lock(&cache.pool.lock)
@@ -313,12 +324,15 @@ cdef class BatchCore:
                 if status != HELD or wait_for_holds(&cache.pool) != OK:
                     break
             if status == OK:
-                self.slot, self.position = into[0], into[1]
-                self.entries, self.uniform = entries, uniform
+                self.slot, self.position, self.entries, self.uniform = slot, position, entries, counts == NULL
                 self.fill(counts, got)
             pool_unlock(&cache.pool)
-        self.answer(status)
-        self.slots_array, self.positions_array = slots, positions
+        if status != OK:
+            self.answer(status)
+        if counts != NULL:
+            self.slots_array, self.positions_array = slots, positions
+        else:
+            self.slots_array, self.positions_array = self.own_slots, self.own_positions
         return result
 
     cdef status_t append_each(self, const int32_t *counts, unsigned char *got) noexcept nogil:
@@ -552,16 +566,12 @@ cdef class BatchCore:
             A member has been freed, or has fewer tokens than that. Nothing has changed.
         """
         cdef const int32_t *each
-        cdef unsigned char[::1] flags
-        cdef unsigned char *got = NULL
         cdef status_t status
         cdef CacheCore cache = self.cache
         per_member = counts_array(counts, self.size)
         each = ints_of(per_member)
         result = np.empty(self.size, np.bool_)
-        if self.size:
-            flags = result.view(np.uint8)
-            got = &flags[0]
+        cdef unsigned char *got = <unsigned char *>data_of(result)
         cache.before_waiting()
         with nogil:
             kv_lock(&cache.pool.lock)

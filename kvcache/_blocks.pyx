@@ -77,12 +77,18 @@ cdef void take_lowest(blocks_t *blocks, int64_t count, int32_t *taken) noexcept 
     """Takes the `count` lowest free blocks, in ascending order; the caller has seen that there are so many."""
     cdef int64_t word, n = 0, at = blocks.lowest
     cdef uint64_t bits
+    cdef int32_t bit
     blocks.free_blocks -= count
     while n < count:
         while blocks.summary[at] == 0:
             at += 1
         word = (at << 6) + kv_ctz(blocks.summary[at])
         bits = blocks.words[word]
+        if bits == ALL and count - n >= 64:
+            for bit in range(64):
+                taken[n + bit] = <int32_t>((word << 6) + bit)
+            bits = 0
+            n += 64
         while bits and n < count:
             taken[n] = <int32_t>((word << 6) + kv_ctz(bits))
             bits &= bits - 1

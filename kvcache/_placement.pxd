@@ -38,6 +38,7 @@ ctypedef struct space_t:
     hot_t *hot             # [places]
     seq_t *seqs            # [places]
     int64_t live           # sequences
+    int64_t cursor         # where the next search for a window begins
     plan_t plan            # the one in hand
 
 cdef int plan_reserve(plan_t *plan, int64_t count) noexcept nogil

@@ -18,12 +18,14 @@ from kvcache._blocks cimport (
     gap_start,
     give_run,
     take_run,
+    used_run_end,
 )
 from kvcache._moves cimport move_t
 
 cdef enum:
     MOST_SHARE = 64   # blocks of room that one neighbour gets at most
     MOST_SLACK = 8    # blocks of room beyond which more is worth nothing
+    MOST_LOOKED = 256 # gaps that a search for a window looks at, unless it has found none
 
 
 ctypedef struct reach_t:   # what a slide towards one side collects
@@ -86,16 +88,20 @@ cdef inline int64_t fair_share(const space_t *space, int64_t taken) noexcept nog
 
 cdef int64_t room_before(const space_t *space, int64_t gap, int64_t spare, int64_t growth) noexcept nogil:
     """Of `spare` blocks, those left at the beginning of a gap for the run before it."""
-    cdef int32_t neighbour = owner_at(space, gap - 1)
-    cdef int64_t share = fair_share(space, 0)
-    if neighbour == NOWHERE or spare <= 0:
+    cdef int32_t neighbour
+    cdef int64_t theirs
+    if spare <= 0:
         return 0
-    return min(min(share, growth_of(space, &space.seqs[neighbour])), spare - min(growth, spare >> 1))
+    neighbour = owner_at(space, gap - 1)
+    if neighbour == NOWHERE:
+        return 0
+    theirs = growth_of(space, &space.seqs[neighbour])
+    return min(min(theirs, fair_share(space, 0)), spare - min(growth, spare >> 1)) if theirs else 0
 
 
 cdef inline int64_t roomy_gap_for(const space_t *space, int64_t length, int64_t growth) noexcept nogil:
     """A gap for `length` blocks and a fair share of what they may grow by, or for `length` alone."""
-    cdef int64_t room = max(min(growth, fair_share(space, length)), <int64_t>0)
+    cdef int64_t room = max(min(growth, fair_share(space, length)), <int64_t>0) if growth else 0
     cdef int64_t gap = gap_for(&space.blocks, length + room)
     if gap == NOWHERE and room:
         gap = gap_for(&space.blocks, length)
@@ -127,23 +133,30 @@ cdef int64_t next_gap(const space_t *space, int64_t block, int64_t *tokens) noex
 
 
 cdef void place_by_sliding(space_t *space, int64_t length, int64_t growth) noexcept nogil:
-    """Plans to slide the runs between two gaps together, where that moves the fewest tokens; so much is free."""
+    """Plans to slide the runs between two gaps together, where that moves the fewest tokens; so much is free.
+
+    Looks at a bounded stretch of the pool, a different one each time, unless there is too little room in it.
+    """
     cdef blocks_t *blocks = &space.blocks
-    cdef int64_t ignored = 0, tokens = 0, room, passed, fewest = INT64_MAX, low = 0, high = 0
-    cdef int64_t left = next_gap(space, 0, &ignored)
+    cdef int64_t tokens = 0, room, passed, fewest = INT64_MAX, low = 0, high = 0, looked = 0
+    cdef int64_t left = first_gap(blocks, space.cursor)
     cdef int64_t right = left
     room = blocks.cells[right].length
-    while True:
-        while room < length:
+    while fewest == INT64_MAX or looked < MOST_LOOKED:
+        while room < length and right < blocks.num_blocks:
             right = next_gap(space, right + blocks.cells[right].length, &tokens)
-            if right >= blocks.num_blocks:
-                slide_for_new(space, low, high, length, growth)
-                return
-            room += blocks.cells[right].length
-        while True:  # leave gaps out at the left while the rest suffices
-            passed = 0
-            if room - blocks.cells[left].length < length or left == right:
+            looked += 1
+            if right < blocks.num_blocks:
+                room += blocks.cells[right].length
+        if room < length:
+            if fewest < INT64_MAX or space.cursor == 0:
                 break
+            space.cursor = 0  # nothing up to the end of the pool: from its beginning
+            left = right = first_gap(blocks, 0)
+            room, tokens = blocks.cells[right].length, 0
+            continue
+        while room - blocks.cells[left].length >= length:  # the rest of the window suffices
+            passed = 0
             room -= blocks.cells[left].length
             left = next_gap(space, left + blocks.cells[left].length, &passed)
             tokens -= passed
@@ -153,6 +166,16 @@ cdef void place_by_sliding(space_t *space, int64_t length, int64_t growth) noexc
         room -= blocks.cells[left].length
         left = next_gap(space, left + blocks.cells[left].length, &passed)
         tokens -= passed
+    space.cursor = 0 if right >= blocks.num_blocks else right
+    slide_for_new(space, low, high, length, growth)
+
+
+cdef int64_t first_gap(const blocks_t *blocks, int64_t block) noexcept nogil:
+    """The gap that `block` lies in, or the first one after it, or the first one of all; there is one."""
+    block = used_run_end(blocks, block)
+    if block >= blocks.num_blocks:
+        block = used_run_end(blocks, 0)
+    return gap_start(blocks, block)
 
 
 cdef void slide_for_new(space_t *space, int64_t low, int64_t high, int64_t length, int64_t growth) noexcept nogil:

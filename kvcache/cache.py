@@ -93,6 +93,8 @@ class KVCache(CacheCore):
         self.placement = placement
         self.overcommit = overcommit
         self._layers = spec.layers
+        self._k_index = [layer.k_index for layer in spec.layers]
+        self._notes_streams = backend == "mlx"
 
     def __repr__(self):
         return f"KVCache({self.spec!r}, backend={self.backend!r}, placement={self.placement!r})"
@@ -139,7 +141,10 @@ class KVCache(CacheCore):
         ------
         UnknownSequence, IndexError, ValueError
         """
-        return self._views(request_id, layer, (self._layer(layer).k_index,), copy)[0]
+        slot, tokens, shared = self.locate(request_id)
+        if slot < 0 or copy or self._notes_streams:
+            return self._views(request_id, layer, (self._k_index[self._checked(layer)],), copy)[0]
+        return self.arena.view(layer, self._k_index[self._checked(layer)], slot, tokens, not shared)
 
     def get_v_view(self, request_id, layer, copy=None):
         """V of a sequence in one layer; as `get_k_view`. `ValueError` where the layer has one plane only."""
@@ -147,11 +152,11 @@ class KVCache(CacheCore):
 
     def get_kv_views(self, request_id, layer, copy=None):
         """K and V of a sequence in one layer, from one state; as `get_k_view`."""
-        return self._views(request_id, layer, (self._layer(layer).k_index, self._v_index(layer)), copy)
+        return self._views(request_id, layer, (self._k_index[self._checked(layer)], self._v_index(layer)), copy)
 
     def get_views(self, request_id, layer, copy=None):
         """Every plane of a sequence in one layer, in the layer's order, from one state; as `get_k_view`."""
-        return self._views(request_id, layer, range(len(self._layer(layer).planes)), copy)
+        return self._views(request_id, layer, range(len(self._layers[self._checked(layer)].planes)), copy)
 
     def _views(self, request_id, layer, indices, copy):
         slot, tokens, shared = self.locate(request_id)
@@ -186,24 +191,24 @@ class KVCache(CacheCore):
         CacheFull
             A shared block would have to be copied first, and no block is unclaimed. Nothing has been written.
         """
-        self._layer(layer)
+        self._checked(layer)
         sources = self.arena.sources(layer, planes, rows_axis=1)
         sources.overwrites = True
         self.arena.note_stream()
         self.write_rows(request_id, sources, layer, start)
 
-    def _layer(self, layer):
+    def _checked(self, layer):
         if type(layer) is not int:
-            layer = _as_index(layer)
+            layer = as_index(layer, "layer")
         if not 0 <= layer < len(self._layers):
             raise IndexError(f"layer {layer} of {len(self._layers)}")
-        return self._layers[layer]
+        return layer
 
     def _v_index(self, layer):
-        index = self._layer(layer).v_index
-        if index is None:
-            raise ValueError(f"layer {layer} has one plane only, {self._layers[layer].planes[0].name!r}: get_views gives it")
-        return index
+        planes = self._layers[self._checked(layer)]
+        if planes.v_index is None:
+            raise ValueError(f"layer {layer} has one plane only, {planes.planes[0].name!r}: get_views gives it")
+        return planes.v_index
 
     # ---- batches
 
@@ -268,7 +273,7 @@ class DecodeBatch(BatchCore):
             A shared block would have to be copied first, and no block is unclaimed.
         """
         cache = self.cache
-        cache._layer(layer)
+        cache._checked(layer)
         sources = cache.arena.sources(layer, planes, rows_axis=0)
         cache.arena.note_stream()
         self.write_rows(sources, layer)
@@ -322,7 +327,8 @@ def _check_options(placement, overcommit, prefix_cache, **reserved):
             raise ValueError(f"{name}={reserved[name]!r} is not available: only {present!r} is")
 
 
-def _as_index(layer):
-    if isinstance(layer, bool) or not hasattr(layer, "__index__"):
-        raise TypeError(f"layer must be an int, not {type(layer).__name__}")
-    return layer.__index__()
+def as_index(value, name):
+    """An int, whatever int type it came as."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+    return value.__index__()
