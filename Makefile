@@ -16,6 +16,8 @@ VENV ?= .venv
 ARGS ?=
 TESTS ?= tests
 
+# a wheel is for one Python: another VENV has its own
+DIST := $(if $(filter .venv,$(VENV)),dist,$(VENV)/dist)
 ROOT := $(CURDIR)
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
@@ -46,7 +48,7 @@ lint: $(VENV)/.lint
 	$(BIN)/python .ci/hints.py
 	cd $(VENV) && bin/python $(ROOT)/.ci/stubs.py
 
-dist: dist/.made
+dist: $(DIST)/.made
 
 # ---- environments: one, with what each target needs added when it first runs
 
@@ -56,22 +58,23 @@ $(VENV)/.python:
 	$(PIP) install --upgrade pip build
 	touch $@
 
-dist/.made: $(SOURCES) | $(VENV)/.python
-	rm -rf dist && $(BIN)/python -m build --outdir dist . >build.log 2>&1 || { cat build.log; exit 1; }
-	mv build.log dist/ && touch $@
+$(DIST)/.made: $(SOURCES) | $(VENV)/.python
+	rm -rf $(DIST) && mkdir $(DIST)
+	$(BIN)/python -m build --outdir $(DIST) . >$(DIST)/build.log 2>&1 || { cat $(DIST)/build.log; exit 1; }
+	touch $@
 
-$(VENV)/.package: dist/.made
-	$(PIP) install --force-reinstall --no-deps dist/*.whl
+$(VENV)/.package: $(DIST)/.made
+	$(PIP) install --force-reinstall --no-deps $(DIST)/*.whl
 	touch $@
 
 $(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.docs $(VENV)/.lint: $(VENV)/.%: $(VENV)/.package
-	$(PIP) install "$$(echo dist/*.whl)[$*]"
+	$(PIP) install "$$(echo $(DIST)/*.whl)[$*]"
 	touch $@
 
 # ---- builds of their own, away from the sources
 
 # $(call unpacked,FOLDER) gives the sources anew, nothing built
-unpacked = rm -rf $(1) && mkdir -p $(1) && tar xzf dist/*.tar.gz -C $(1) --strip-components=1
+unpacked = rm -rf $(1) && mkdir -p $(1) && tar xzf $(DIST)/*.tar.gz -C $(1) --strip-components=1
 
 coverage: $(VENV)/.test
 	$(call unpacked,build/coverage)
@@ -84,8 +87,8 @@ sanitize: $(VENV)/.test
 	cd build/sanitize && LD_PRELOAD=$$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
 		$(BIN)/python -m pytest $(TESTS) $(ARGS)
 
-dist-check: dist/.made
-	PYTHON=$(PYTHON) .ci/dist-check dist $(ARGS)
+dist-check: $(DIST)/.made
+	PYTHON=$(PYTHON) .ci/dist-check $(DIST) $(ARGS)
 
 inplace: $(VENV)/.lint
 	$(BIN)/python setup.py -q build_ext --inplace
