@@ -120,7 +120,7 @@ def test_append_after_turnover(measure, placement, limits):
 @full_step
 @PLACEMENTS
 def test_turnover_itself(measure, placement):
-    """Those that have ended, five of 1,024 on average, are taken out and freed; as many are admitted, put in."""
+    """Those that have ended, five of 1,024 on average, are taken out and freed; as many are admitted."""
     passes = Passes(placement, "unknown")
 
     def verify():
