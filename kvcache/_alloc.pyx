@@ -4,6 +4,7 @@ Nothing that could run Python happens under the allocator's lock, except in `che
 lock; and nobody waits for the lock while holding the GIL.
 """
 
+import itertools
 import sys
 
 import cython
@@ -80,6 +81,8 @@ from kvcache.errors import (
     UnknownSequence,
 )
 
+POOLS = itertools.count()
+
 cdef enum:
     RUN_MARK = 0x40000000  # in a run's label, where a gap has a block id: ids are smaller
 
@@ -96,10 +99,9 @@ cdef class BlockRun:
     Runs compare by start, length and generation. One built by hand has generation 0 and is never live.
     """
 
-    def __cinit__(self, start, length, generation=0):
+    def __cinit__(self, start, length):
         self.start = as_count(start, "start", 0)
         self.length = as_count(length, "length", 1)
-        self.generation = as_count(generation, "generation", 0)
 
     def __eq__(self, other):
         if not isinstance(other, BlockRun):
@@ -114,7 +116,14 @@ cdef class BlockRun:
         return f"BlockRun(start={self.start}, length={self.length}, generation={self.generation})"
 
     def __reduce__(self):
-        return BlockRun, (self.start, self.length, self.generation)
+        return _same_run, (self.start, self.length, self.generation)
+
+
+def _same_run(start, length, generation):
+    """A run as it was pickled."""
+    cdef BlockRun run = BlockRun.__new__(BlockRun, start, length)
+    run.generation = generation
+    return run
 
 
 cdef class BlockAllocator:
@@ -137,6 +146,7 @@ cdef class BlockAllocator:
             raise ValueError(f"num_blocks must be below {RUN_MARK}, not {num_blocks}")
         if kv_lock_init(&self.lock) or blocks_init(&self.blocks, count, True):
             raise MemoryError(f"no memory for the bookkeeping of {num_blocks} blocks")
+        self.generation = next(POOLS) << 40  # runs of other pools are never live in this one
 
     def __dealloc__(self):
         blocks_destroy(&self.blocks)
@@ -861,6 +871,20 @@ cdef class CacheCore:
         pool_unlock(&self.pool)
         return slot, tokens, shared
 
+    def in_place(self, request_id, layer, tuple planes):
+        """What `planes[layer]` has of a sequence that is one run with no shared block; None in every other case."""
+        cdef int64_t slot, tokens
+        cdef int who
+        if type(layer) is not int or not 0 <= layer < len(planes):
+            return None
+        who = self.live(self.find(request_id))
+        tokens = self.pool.space.hot[who].tokens
+        slot = slot_of(&self.pool, who, 0) if tokens else 0
+        if self.pool.paged and (self.pool.space.seqs[who].breaks or is_shared(&self.pool, who)):
+            slot = -1
+        pool_unlock(&self.pool)
+        return planes[layer][:, slot : slot + tokens] if slot >= 0 else None
+
     def write_rows(self, request_id, Sources sources not None, int64_t layer, start):
         """Writes all rows of `sources` to consecutive positions of a sequence, by default its last ones."""
         cdef Allocation found = self.find(request_id)
@@ -883,7 +907,7 @@ cdef class CacheCore:
         if status == GONE:
             raise ValueError(f"{sources.rows} rows from position {start} on do not fit into {tokens} used tokens")
         if not self.answer(status, request_id):
-            raise CacheFull(blocks_needed=1, blocks_available=self.pool.space.blocks.free_blocks)
+            raise CacheFull(blocks_needed=self.pool.wanted, blocks_available=self.pool.unclaimed)
 
     cdef status_t write_locked(self, int32_t who, Copier copier, Sources sources, int64_t layer,
                                int64_t start) noexcept nogil:
@@ -917,6 +941,10 @@ cdef class CacheCore:
 
     def __bool__(self):
         return True
+
+    def require_open(self):
+        """Raises `CacheClosed` after `close`."""
+        self.known()
 
     cdef dict known(self):
         if not self.opened:

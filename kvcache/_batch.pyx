@@ -18,6 +18,7 @@ from kvcache._ids cimport as_count, as_tokens
 from kvcache._lock cimport kv_lock
 from kvcache._placement cimport hot_t
 from kvcache._sequences cimport (
+    BUSY,
     GONE,
     HELD,
     NO_ROOM,
@@ -68,15 +69,21 @@ cdef object counts_array(object counts, int64_t size):
     return np.array([min(as_count(count, "counts", 0), 2**31 - 1) for count in items], np.int32)
 
 
-cdef int check_tokens(object tokens, int64_t asked) except -1:
+cdef int check_tokens(object tokens, int64_t asked, int64_t members) except -1:
     """Ids for every token asked for: flat, or a row for each member."""
-    ids = tokens
+    rows = None
     if getattr(tokens, "ndim", 1) == 2:
-        ids = np.asarray(tokens).reshape(-1)
+        rows = np.asarray(tokens).tolist()
     elif isinstance(tokens, (list, tuple)) and tokens and isinstance(tokens[0], (list, tuple)):
-        ids = [token for row in tokens for token in row]
-    if len(as_tokens(ids)) != asked:
-        raise ValueError(f"{len(ids)} token ids for {asked} tokens asked for")
+        rows = tokens
+    if rows is None:
+        flat = as_tokens(tokens)
+    else:
+        if len(rows) != members or any([len(row) * members != asked for row in rows]):
+            raise ValueError(f"token ids of shape {np.shape(rows)} for {asked} tokens asked for by {members} members")
+        flat = as_tokens([token for row in rows for token in row])
+    if len(flat) != asked:
+        raise ValueError(f"{len(flat)} token ids for {asked} tokens asked for")
     return 0
 
 
@@ -185,7 +192,8 @@ cdef class BatchCore:
             An index is out of range, or comes twice.
         """
         cdef int64_t index, position
-        chosen = [as_count(index, "index", 0) for index in (indices.tolist() if hasattr(indices, "tolist") else indices)]
+        items = indices.tolist() if hasattr(indices, "tolist") else indices
+        chosen = [as_count(item, "index", 0) for item in items]
         for index in chosen:
             if index >= self.size:
                 raise IndexError(f"index {index} of {self.size} members")
@@ -303,7 +311,7 @@ cdef class BatchCore:
             each = ints_of(per_member)
             slots, positions = np.empty(asked, np.int32), np.empty(asked, np.int32)
         if tokens is not None:
-            check_tokens(tokens, asked)
+            check_tokens(tokens, asked, self.size)
         return self.take_step(each, np.empty(self.size, np.bool_), slots, positions)
 
     cdef object take_step(self, const int32_t *counts, object result, object slots, object positions):
@@ -364,7 +372,10 @@ cdef class BatchCore:
         return OK
 
     cdef status_t append_one(self, int64_t index, int64_t count, unsigned char *got) noexcept nogil:
-        cdef status_t status = append(&self.cache.pool, place_of(self.handles[index]), count, True)
+        cdef pool_t *pool = &self.cache.pool
+        cdef status_t status = append(pool, place_of(self.handles[index]), count, False)
+        if status == BUSY:  # before the first move, since a move is not taken back
+            status = STALE if self.dead_member() >= 0 else append(pool, place_of(self.handles[index]), count, True)
         self.touched[self.num_touched] = <int32_t>index
         self.num_touched += 1
         if status == NO_ROOM or status == PAST_LIMIT:
@@ -626,7 +637,7 @@ cdef class BatchCore:
         if status == GONE:
             raise ValueError("a token of this step has been cut off since: nothing has been written")
         if status == NO_ROOM:
-            raise CacheFull(blocks_needed=1, blocks_available=cache.free_blocks)
+            raise CacheFull(blocks_needed=cache.pool.wanted, blocks_available=cache.pool.unclaimed)
         self.answer(status)
 
     cdef status_t write_locked(self, Copier copier, Sources sources, int64_t layer) noexcept nogil:

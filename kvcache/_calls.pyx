@@ -4,7 +4,6 @@ from libc.stdint cimport int32_t, int64_t, uintptr_t
 from libc.stdlib cimport realloc
 
 from kvcache._lock cimport kv_lock, kv_lock_wait, kv_lock_wake, kv_thread
-from kvcache._placement cimport seq_t
 from kvcache._sequences cimport (
     BELOW_USED,
     CLOSED,
@@ -25,6 +24,7 @@ from kvcache._sequences cimport (
     place_of,
     pool_t,
     pool_unlock,
+    raise_marks,
     retire,
     slot_of,
     split,
@@ -165,13 +165,11 @@ cdef status_t pool_set_limit(pool_t *pool, handle_t handle, int64_t limit) noexc
 
 cdef status_t pool_commit(pool_t *pool, handle_t handle, int64_t tokens) noexcept nogil:
     cdef status_t status = STALE
-    cdef seq_t *seq
     kv_lock(&pool.lock)
     if is_live(pool, handle):
-        seq = &pool.space.seqs[place_of(handle)]
         status = BELOW_USED if tokens > pool.space.hot[place_of(handle)].tokens else OK
         if status == OK:
-            seq.committed = max(seq.committed, <int32_t>tokens)
+            raise_marks(pool, place_of(handle), tokens)
     pool_unlock(pool)
     return status
 

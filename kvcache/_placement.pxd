@@ -19,7 +19,6 @@ ctypedef struct seq_t:
     int32_t *table         # paged: block ids in token order, [blocks] of [capacity]
     int32_t capacity       # entries that the table has room for
     int32_t breaks         # paged: places where the next block is not the one after
-    int32_t committed      # tokens committed by name; those committed by writes are in the pool's marks
     uint32_t version       # changes when a token of it comes to another slot, or is cut
     int32_t next_vacant    # while the sequence does not live: the next vacant place, NOWHERE for none
 

@@ -58,6 +58,8 @@ ctypedef struct pool_t:
     int64_t holder_capacity
     int64_t waiting         # calls that wait for the last hold to end
     spans_t spans           # of the write in hand
+    int64_t wanted          # blocks that the last copy on write needed, and how many were unclaimed
+    int64_t unclaimed
     handle_t *deferred      # freed by a finalizer while this thread ran Python under the lock
     int64_t num_deferred
     int64_t deferred_capacity
@@ -105,6 +107,7 @@ cdef status_t change_limit(pool_t *pool, int32_t who, int64_t limit) noexcept no
 cdef status_t split(pool_t *pool, handle_t parent, bint patient, handle_t *child) noexcept nogil
 cdef status_t own_blocks(pool_t *pool, int32_t who, int64_t first, int64_t last, bint patient) noexcept nogil
 cdef void ungrow(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil
+cdef void raise_marks(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil
 cdef void mark_written(pool_t *pool, int32_t who, int64_t mark, int64_t start, int64_t count) noexcept nogil
 cdef int64_t committed_tokens(const pool_t *pool, int32_t who) noexcept nogil
 cdef bint tail_is_shared(const pool_t *pool, int32_t who) noexcept nogil

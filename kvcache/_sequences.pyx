@@ -222,7 +222,7 @@ cdef handle_t enter(pool_t *pool, int64_t tokens, int64_t limit) noexcept nogil:
     hot.generation += 1
     hot.tokens = <int32_t>tokens
     seq.limit = <int32_t>limit
-    seq.blocks = seq.breaks = seq.committed = 0
+    seq.blocks = seq.breaks = 0
     memset(&pool.marks[who * pool.num_marks], 0, pool.num_marks * sizeof(int32_t))
     pool.space.live += 1
     return <handle_t>hot.generation << 32 | <handle_t>who
@@ -552,10 +552,12 @@ cdef status_t own_blocks(pool_t *pool, int32_t who, int64_t first, int64_t last,
                            - copies_of(pool.refs[block] - 1, pool.writers[block] - (writer and index == seq.blocks - 1)))
     if shared == 0:
         return OK
+    pool.wanted = shared
+    pool.unclaimed = min(pool.space.blocks.free_blocks, pool.budget - held_blocks(pool) - pool.claims + given_back)
     if over_budget(pool, shared - given_back):
         return NO_ROOM
     status = find_room(pool, shared)
-    if status == OK and pool.move != NULL and not patient:
+    if status == OK and not patient:
         status = BUSY
     if status == OK and plan_reserve(&pool.space.plan, shared):
         status = NO_MEMORY
@@ -692,13 +694,20 @@ cdef status_t change_limit(pool_t *pool, int32_t who, int64_t limit) noexcept no
 # ---- what has been written
 
 cdef int64_t committed_tokens(const pool_t *pool, int32_t who) noexcept nogil:
-    """The least of the written prefixes, or what has been committed by name if that is more."""
+    """The least of the written prefixes."""
     cdef const int32_t *marks = &pool.marks[who * pool.num_marks]
     cdef int32_t least = pool.space.hot[who].tokens
     cdef int64_t mark
     for mark in range(pool.num_marks):
         least = min(least, marks[mark])
-    return max(least, pool.space.seqs[who].committed)
+    return least
+
+
+cdef void raise_marks(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil:
+    cdef int32_t *marks = &pool.marks[who * pool.num_marks]
+    cdef int64_t mark
+    for mark in range(pool.num_marks):
+        marks[mark] = max(marks[mark], <int32_t>tokens)
 
 
 cdef void lower_marks(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil:
@@ -706,15 +715,15 @@ cdef void lower_marks(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil:
     cdef int64_t mark
     for mark in range(pool.num_marks):
         marks[mark] = min(marks[mark], <int32_t>tokens)
-    pool.space.seqs[who].committed = min(pool.space.seqs[who].committed, <int32_t>tokens)
 
 
 cdef void mark_written(pool_t *pool, int32_t who, int64_t mark, int64_t start, int64_t count) noexcept nogil:
-    cdef int32_t *marks = &pool.marks[who * pool.num_marks]
-    if (start < marks[mark] or start < pool.space.seqs[who].committed) and start < committed_tokens(pool, who):
+    """A write below what is committed lowers every prefix to there; one that begins in its own prefix extends it."""
+    cdef int32_t *written = &pool.marks[who * pool.num_marks + mark]
+    if start < written[0] and start < committed_tokens(pool, who):
         lower_marks(pool, who, start)
-    if start <= marks[mark]:
-        marks[mark] = max(marks[mark], <int32_t>(start + count))
+    if start <= written[0]:
+        written[0] = max(written[0], <int32_t>(start + count))
 
 
 # ---- forks
@@ -737,7 +746,6 @@ cdef status_t split(pool_t *pool, handle_t parent, bint patient, handle_t *child
     child[0] = enter(pool, pool.space.hot[who].tokens, pool.space.seqs[who].limit)
     pool.space.seqs[twin].blocks = <int32_t>blocks
     pool.space.seqs[twin].breaks = pool.space.seqs[who].breaks
-    pool.space.seqs[twin].committed = pool.space.seqs[who].committed
     memcpy(&pool.marks[twin * pool.num_marks], &pool.marks[who * pool.num_marks], pool.num_marks * sizeof(int32_t))
     pool.claims += claim
     refresh(pool, who)
@@ -780,7 +788,7 @@ cdef status_t copy_run(pool_t *pool, int32_t who, int32_t twin, int64_t claim, b
         return NO_ROOM
     if status != OK or seq.blocks == 0:
         return status
-    if pool.move != NULL and not patient:
+    if not patient:
         return BUSY
     status = plan_run(pool, seq.blocks, claim, patient)
     if status != OK:

@@ -93,8 +93,8 @@ class KVCache(CacheCore):
         self.placement = placement
         self.overcommit = overcommit
         self._layers = spec.layers
-        self._k_index = [layer.k_index for layer in spec.layers]
-        self._notes_streams = backend == "mlx"
+        in_place = backend == "numpy" and all(layer.v_index is not None for layer in spec.layers)
+        self._k, self._v = (tuple(arena.k), tuple(arena.v)) if in_place else ((), ())
 
     def __repr__(self):
         return f"KVCache({self.spec!r}, backend={self.backend!r}, placement={self.placement!r})"
@@ -112,11 +112,12 @@ class KVCache(CacheCore):
         of other threads; raises `CacheHeld` inside one of this thread's own.
         """
         super().close()
+        self._k = self._v = ()
         self.arena.close()
 
     def warmup(self):
         """Make every page of the arena resident; its content stays as it is."""
-        len(self)  # refuses a closed cache
+        self.require_open()
         self.arena.warmup()
 
     # ---- views and writes
@@ -141,18 +142,17 @@ class KVCache(CacheCore):
         ------
         UnknownSequence, IndexError, ValueError
         """
-        slot, tokens, shared = self.locate(request_id)
-        if slot < 0 or copy or self._notes_streams:
-            return self._views(request_id, layer, (self._k_index[self._checked(layer)],), copy)[0]
-        return self.arena.view(layer, self._k_index[self._checked(layer)], slot, tokens, not shared)
+        view = None if copy else self.in_place(request_id, layer, self._k)
+        return self._views(request_id, layer, (self._k_index(layer),), copy)[0] if view is None else view
 
     def get_v_view(self, request_id, layer, copy=None):
         """V of a sequence in one layer; as `get_k_view`. `ValueError` where the layer has one plane only."""
-        return self._views(request_id, layer, (self._v_index(layer),), copy)[0]
+        view = None if copy else self.in_place(request_id, layer, self._v)
+        return self._views(request_id, layer, (self._v_index(layer),), copy)[0] if view is None else view
 
     def get_kv_views(self, request_id, layer, copy=None):
         """K and V of a sequence in one layer, from one state; as `get_k_view`."""
-        return self._views(request_id, layer, (self._k_index[self._checked(layer)], self._v_index(layer)), copy)
+        return self._views(request_id, layer, (self._k_index(layer), self._v_index(layer)), copy)
 
     def get_views(self, request_id, layer, copy=None):
         """Every plane of a sequence in one layer, in the layer's order, from one state; as `get_k_view`."""
@@ -163,7 +163,7 @@ class KVCache(CacheCore):
         arena = self.arena
         arena.note_stream()
         if slot < 0:
-            if copy is False:
+            if copy is not None and not copy:
                 raise ValueError(f"{request_id!r} is scattered over several runs of blocks: a view of it is a copy")
             table = self.block_table(request_id)
             return tuple([arena.gather(layer, index, table, tokens) for index in indices])
@@ -191,6 +191,7 @@ class KVCache(CacheCore):
         CacheFull
             A shared block would have to be copied first, and no block is unclaimed. Nothing has been written.
         """
+        self.require_open()
         self._checked(layer)
         sources = self.arena.sources(layer, planes, rows_axis=1)
         sources.overwrites = True
@@ -203,6 +204,9 @@ class KVCache(CacheCore):
         if not 0 <= layer < len(self._layers):
             raise IndexError(f"layer {layer} of {len(self._layers)}")
         return layer
+
+    def _k_index(self, layer):
+        return self._layers[self._checked(layer)].k_index
 
     def _v_index(self, layer):
         planes = self._layers[self._checked(layer)]
@@ -273,6 +277,7 @@ class DecodeBatch(BatchCore):
             A shared block would have to be copied first, and no block is unclaimed.
         """
         cache = self.cache
+        cache.require_open()
         cache._checked(layer)
         sources = cache.arena.sources(layer, planes, rows_axis=0)
         cache.arena.note_stream()

@@ -71,7 +71,8 @@ def spec_for(model, max_total_tokens, block_size=16):
 
     Notes
     -----
-    A layer with a sliding window keeps all tokens here; the window is applied when it is read.
+    A layer with a sliding window keeps all tokens here. The window that the model's mask asks for is applied
+    when they are read.
     """
     caches = make_prompt_cache(model)
     for number, cache in enumerate(caches):

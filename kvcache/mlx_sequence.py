@@ -60,6 +60,11 @@ def prompt_cache(cache, request_id, *, cached_tokens=0):
         `request_id` is not live.
     ValueError
         The cache does not hold K and V in MLX arrays, or `cached_tokens` is more than the sequence has.
+
+    Notes
+    -----
+    mlx-lm's loops know nothing of `KVCache.hold`: while one of them runs, only its own thread may make calls
+    that move K and V. Who shares a cache between threads builds each step inside a hold, as `Decoder` does.
     """
     num_layers = num_layers_of(cache)
     used = cache.used_tokens(request_id)
