@@ -215,10 +215,13 @@ def run_on_a_model(bridge, corrupt=lambda cache, decoder: None, placement="conti
     return result
 
 
-def alone_once(alone, prompt, num_tokens, known={}):  # noqa: B006 (the same model and prompts in every test)
-    if prompt not in known:
-        known[prompt] = alone(prompt, num_tokens)
-    return known[prompt]
+ALONE = {}  # prompt -> choices: model and prompts are the same in every test
+
+
+def alone_once(alone, prompt, num_tokens):
+    if prompt not in ALONE:
+        ALONE[prompt] = alone(prompt, num_tokens)
+    return ALONE[prompt]
 
 
 def test_sequences_move_and_every_token_is_right(bridge):
