@@ -30,6 +30,7 @@ cdef class BatchCore:
     cdef uint64_t spans_seen
     cdef int64_t spans_rows
     cdef int64_t num_touched
+    cdef bint all_live              # this step has found no freed member
     cdef int32_t *touched           # [size] members that took more than a look in the step
     cdef object slots_array         # the arrays that callers see, and where their entries are
     cdef object positions_array

@@ -352,6 +352,7 @@ cdef class BatchCore:
         cdef status_t status = OK
         memset(got, 1, self.size)
         self.num_touched = 0
+        self.all_live = False
         self.unseen = self.seen != changes
         if pool.limbo_blocks and self.needs_limbo(counts):
             return HELD
@@ -374,8 +375,9 @@ cdef class BatchCore:
     cdef status_t append_one(self, int64_t index, int64_t count, unsigned char *got) noexcept nogil:
         cdef pool_t *pool = &self.cache.pool
         cdef status_t status = append(pool, place_of(self.handles[index]), count, False)
-        if status == BUSY:  # before the first move, since a move is not taken back
-            status = STALE if self.dead_member() >= 0 else append(pool, place_of(self.handles[index]), count, True)
+        if status == BUSY:  # looked for before the first move, since a move is not taken back
+            self.all_live = self.all_live or self.dead_member() < 0
+            status = append(pool, place_of(self.handles[index]), count, True) if self.all_live else STALE
         self.touched[self.num_touched] = <int32_t>index
         self.num_touched += 1
         if status == NO_ROOM or status == PAST_LIMIT:
