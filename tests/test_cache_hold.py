@@ -1,0 +1,260 @@
+"""Holds: nothing moves, nothing held is overwritten, and what is freed is used again only afterwards."""
+
+import pickle
+import threading
+
+import numpy as np
+import pytest
+from observation import unchanged
+
+from kvcache import CacheHeld
+
+BOTH = pytest.mark.parametrize("placement", ["contiguous", "paged"])
+PATIENCE = 20  # seconds until a thread that should have gone on is called stuck
+
+
+class Elsewhere:
+    """Runs a call in another thread and knows whether it has come back."""
+
+    def __init__(self, call):
+        self.answer = None
+        self.thread = threading.Thread(target=self.run, args=(call,), daemon=True)
+        self.thread.start()
+
+    def run(self, call):
+        self.answer = call()
+
+    def waits(self, seconds=0.15):
+        self.thread.join(seconds)
+        return self.thread.is_alive()
+
+    def result(self):
+        self.thread.join(PATIENCE)
+        assert not self.thread.is_alive(), "still waiting"
+        return self.answer
+
+
+def comb(cache, placement):
+    """Fills a 16-block pool with single blocks and frees every second one: room, but in no place."""
+    for number in range(16):
+        cache.allocate_for(number, 4)
+    for number in range(0, 16, 2):
+        cache.free_for(number)
+
+
+@BOTH
+def test_what_is_freed_under_a_hold_counts_as_used_until_it_ends(make_cache, placement):
+    cache = make_cache(placement=placement)
+    cache.allocate_for("a", 40)
+    with cache.hold():
+        assert cache.free_for("a") is True
+        assert "a" not in cache and len(cache) == 0
+        assert (cache.stats().used_blocks, cache.stats().free_blocks) == (10, 6)
+        cache.check()
+    assert (cache.stats().used_blocks, cache.stats().free_blocks) == (0, 16)
+
+
+@BOTH
+def test_what_is_cut_under_a_hold_counts_as_used_until_it_ends(make_cache, placement):
+    cache = make_cache(placement=placement)
+    cache.allocate_for("a", 40)
+    with cache.hold():
+        assert cache.truncate("a", 5) is True
+        assert cache.used_tokens("a") == 5
+        assert (cache.stats().used_blocks, cache.stats().free_blocks) == (10, 6)
+        cache.check()
+    assert (cache.stats().used_blocks, cache.stats().free_blocks) == (2, 14)
+
+
+@BOTH
+def test_a_thread_that_holds_is_told_instead_of_waiting(make_cache, placement):
+    cache = make_cache(placement=placement)
+    cache.allocate_for("a", 40)
+    with cache.hold():
+        cache.free_for("a")
+        with unchanged(cache), pytest.raises(CacheHeld) as caught:
+            cache.allocate_for("b", 28)
+    assert caught.value.holds == 1
+    assert pickle.loads(pickle.dumps(caught.value)).holds == 1
+    assert cache.allocate_for("b", 28)
+
+
+@BOTH
+def test_what_needs_no_held_block_goes_on_under_a_hold(make_cache, placement):
+    cache = make_cache(placement=placement)
+    cache.allocate_for("a", 20, max_tokens=28)
+    with cache.hold():
+        assert cache.append_tokens("a", 4) is True
+        assert cache.allocate_for("b", 8)
+        assert cache.fork("b", "c")
+        assert cache.set_limit("b", 12) is True
+        cache.write("a", 0, np.ones((2, 1, 4), np.float32), np.ones((2, 1, 4), np.float32))
+        cache.check()
+
+
+@BOTH
+def test_what_fits_neither_now_nor_later_is_refused_under_a_hold(make_cache, placement):
+    cache = make_cache(placement=placement)
+    cache.allocate_for("a", 40)
+    with cache.hold(), unchanged(cache):
+        assert cache.allocate_for("b", 28) is None
+        assert cache.fork("a", "b") is None or placement == "paged"
+        assert cache.append_token("a") is False
+        if placement == "paged":
+            cache.free_for("b")
+
+
+def test_a_move_is_refused_to_the_thread_that_holds(make_cache):
+    cache = make_cache()
+    comb(cache, "contiguous")
+    with cache.hold():
+        for call in (lambda: cache.allocate_for("large", 8), lambda: cache.append_tokens("empty", 8)):
+            if "empty" not in cache:
+                cache.allocate_for("empty", 1, max_tokens=16)
+                cache.truncate("empty", 0)
+            with unchanged(cache), pytest.raises(CacheHeld):
+                call()
+
+
+def test_paged_needs_no_move(make_cache):
+    cache = make_cache(placement="paged")
+    comb(cache, "paged")
+    with cache.hold():
+        assert cache.allocate_for("large", 32)
+
+
+@BOTH
+def test_another_thread_waits_for_the_last_hold_to_end(make_cache, placement):
+    cache = make_cache(placement=placement)
+    cache.allocate_for("a", 40)
+    with cache.hold():
+        cache.free_for("a")
+        late = Elsewhere(lambda: cache.allocate_for("b", 28))
+        assert late.waits()
+        assert "b" not in cache
+    assert late.result().tokens == 28
+
+
+def test_a_move_waits_in_another_thread(make_cache):
+    cache = make_cache()
+    comb(cache, "contiguous")
+    tables = {request_id: cache.block_table(request_id).tolist() for request_id in cache}
+    with cache.hold():
+        late = Elsewhere(lambda: cache.allocate_for("large", 32))
+        assert late.waits()
+        assert {request_id: cache.block_table(request_id).tolist() for request_id in cache} == tables
+    assert late.result()
+    assert cache.stats().moves > 0
+
+
+def test_other_threads_go_on_while_one_waits(make_cache):
+    cache = make_cache()
+    cache.allocate_for("a", 40)
+    cache.allocate_for("b", 3)
+    with cache.hold():
+        cache.free_for("a")
+        late = Elsewhere(lambda: cache.allocate_for("c", 60))
+        assert late.waits(0.05)
+        assert Elsewhere(lambda: cache.append_token("b")).result() is True
+        assert Elsewhere(lambda: cache.free_for("b")).result() is True
+        assert Elsewhere(cache.stats).result().num_sequences == 0
+        Elsewhere(cache.check).result()
+    assert late.result()
+
+
+def test_holds_nest(make_cache):
+    cache = make_cache()
+    cache.allocate_for("a", 40)
+    with cache.hold():
+        with cache.hold():
+            cache.free_for("a")
+        assert cache.stats().used_blocks == 10
+        with pytest.raises(CacheHeld):
+            cache.allocate_for("b", 60)
+    assert cache.stats().used_blocks == 0
+
+
+def test_holds_are_shared_between_threads(make_cache):
+    cache = make_cache()
+    cache.allocate_for("a", 40)
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold_too():
+        with cache.hold():
+            inside.set()
+            return leave.wait(PATIENCE)
+
+    with cache.hold():
+        other = Elsewhere(hold_too)
+        assert inside.wait(PATIENCE)
+        cache.free_for("a")
+    assert cache.stats().used_blocks == 10
+    leave.set()
+    assert other.result()
+    assert cache.stats().used_blocks == 0
+
+
+def test_a_hold_ends_when_its_body_raises(make_cache):
+    cache = make_cache()
+    cache.allocate_for("a", 64)
+    with pytest.raises(KeyError), cache.hold():
+        cache.used_tokens("never seen")
+    cache.free_for("a")
+    assert cache.allocate_for("b", 64)
+
+
+def test_holding_an_idle_cache_changes_nothing(make_cache):
+    cache = make_cache()
+    cache.allocate_for("a", 6)
+    with unchanged(cache), cache.hold():
+        pass
+
+
+def test_views_stay_good_inside_a_hold_whatever_other_threads_do(make_cache):
+    cache = make_cache(1, 2, 4, 64, 4)
+    for number in range(8):
+        cache.allocate_for(number, 4, max_tokens=8)
+        cache.write(number, 0, *[np.full((2, 4, 4), number, np.float32)] * 2)
+    with cache.hold():
+        views = {number: cache.get_k_view(number, 0) for number in range(8)}
+        frees = [Elsewhere(lambda number=number: cache.free_for(number)) for number in range(0, 8, 2)]
+        assert all(free.result() for free in frees)
+        late = Elsewhere(lambda: cache.allocate_for("large", 40))
+        late.waits(0.05)
+        assert all(np.all(view == number) for number, view in views.items())
+    late.result()
+
+
+def test_a_waiting_call_is_not_starved_by_holds_that_follow_each_other(make_cache):
+    cache = make_cache()
+    cache.allocate_for("a", 64)
+    stop = threading.Event()
+
+    def hold_again_and_again():
+        while not stop.is_set():
+            with cache.hold():
+                stop.wait(0.002)
+
+    holders = [Elsewhere(hold_again_and_again) for _ in range(2)]
+    cache.free_for("a")
+    late = Elsewhere(lambda: cache.allocate_for("b", 64))
+    granted = late.result()
+    stop.set()
+    for holder in holders:
+        holder.result()
+    assert granted or cache.allocate_for("b", 64)
+
+
+@BOTH
+def test_a_batch_append_that_needs_a_held_block_changes_nothing(make_cache, placement):
+    cache = make_cache(placement=placement, overcommit=float("inf"))
+    cache.allocate_for("a", 3, max_tokens=4)
+    cache.allocate_for("b", 4, max_tokens=8)
+    cache.allocate_for("c", 56)
+    batch = cache.batch(["a", "b"])
+    with cache.hold():
+        cache.truncate("c", 4)
+        with unchanged(cache), pytest.raises(CacheHeld):
+            batch.append()
+        assert batch.lengths.tolist() == [3, 4]
+    assert batch.append().tolist() == [True, True]
