@@ -20,6 +20,7 @@ DIRECTIVES = {
     "initializedcheck": False,
     "cdivision": True,
     "embedsignature": False,
+    "auto_pickle": False,
     "freethreading_compatible": True,
     "linetrace": TRACE,
 }

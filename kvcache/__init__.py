@@ -1,6 +1,7 @@
 """kvcache: the memory manager for the key/value caches of language-model inference."""
 
-from kvcache._alloc import Allocation, BlockAllocator, BlockRun
+from kvcache._alloc import Allocation
+from kvcache._runs import BlockAllocator, BlockRun
 from kvcache._version import __version__
 from kvcache.cache import DecodeBatch, KVCache
 from kvcache.errors import (

@@ -5,7 +5,6 @@
 
 from libc.stdint cimport int32_t, int64_t
 
-from kvcache._blocks cimport blocks_t
 from kvcache._calls cimport (
     pool_allocate,
     pool_append,
@@ -20,24 +19,8 @@ from kvcache._calls cimport (
     pool_truncate,
 )
 from kvcache._copy cimport Copier, Sources
-from kvcache._lock cimport kv_lock_t
+from kvcache._runs cimport BlockAllocator, BlockRun
 from kvcache._sequences cimport handle_t, pool_t, status_t
-
-
-cdef class BlockRun:
-    cdef readonly int64_t start
-    cdef readonly int64_t length
-    cdef readonly int64_t generation
-
-
-cdef class BlockAllocator:
-    cdef blocks_t blocks
-    cdef kv_lock_t lock
-    cdef int64_t generation  # of the newest run
-
-    cdef void take_lock(self) noexcept
-    cdef int require_live(self, BlockRun run) except -1
-    cdef void label(self, int64_t start, int64_t length) noexcept nogil
 
 
 cdef class Allocation:
@@ -60,6 +43,8 @@ cdef class CacheCore:
     cdef int before_waiting(self) except -1
     cdef int lock_pool(self) except -1
     cdef bint answer(self, status_t status, object request_id) except -1
+    cdef int free_handle(self, handle_t handle) except -1
+    cdef bint append_patiently(self, Allocation found, int64_t count) except -1
     cdef Allocation enter(self, Allocation record)
     cdef int64_t limit_for(self, int64_t tokens, object max_tokens, object max_new_tokens) except -1
     cdef int live(self, Allocation found) except -1

@@ -4,7 +4,6 @@ Nothing that could run Python happens under the allocator's lock, except in `che
 lock; and nobody waits for the lock while holding the GIL.
 """
 
-import itertools
 import sys
 
 import cython
@@ -12,32 +11,18 @@ import numpy as np
 
 from libc.stdint cimport INT32_MAX, INT64_MAX, int32_t, int64_t
 
-from kvcache._blocks cimport (
-    block_is_free,
-    block_map,
-    blocks_destroy,
-    blocks_init,
-    check_blocks,
-    gap_at,
-    gap_for,
-    give_run,
-    largest_free_run,
-    take_run,
-)
+from kvcache._blocks cimport block_map, largest_free_run
 from kvcache._calls cimport wait_for_holds
 from kvcache._check cimport check_pool
 from kvcache._copy cimport copier_move
 from kvcache._ids cimport as_count, as_token, as_tokens, is_count
 from kvcache._lock cimport (
     kv_lock,
-    kv_lock_destroy,
-    kv_lock_init,
     kv_lock_is_mine,
     kv_lock_runs_python,
     kv_lock_try,
-    kv_unlock,
 )
-from kvcache._placement cimport hot_t, seq_t
+from kvcache._runs cimport block_map_text, fragmentation_of
 from kvcache._sequences cimport (
     BELOW_USED,
     BUSY,
@@ -74,254 +59,11 @@ from kvcache.errors import (
     CacheClosed,
     CacheFull,
     CacheHeld,
-    InvalidFree,
     KVCacheError,
     RequestTooLarge,
     SequenceExists,
     UnknownSequence,
 )
-
-POOLS = itertools.count()
-
-cdef enum:
-    RUN_MARK = 0x40000000  # in a run's label, where a gap has a block id: ids are smaller
-
-
-# ---- runs of blocks
-
-@cython.final
-cdef class BlockRun:
-    """BlockRun(start, length)
-    --
-
-    Blocks [start, start + length) as `BlockAllocator.allocate` gave them.
-
-    Runs compare by start, length and generation. One built by hand has generation 0 and is never live.
-    """
-
-    def __cinit__(self, start, length):
-        self.start = as_count(start, "start", 0)
-        self.length = as_count(length, "length", 1)
-
-    def __eq__(self, other):
-        if not isinstance(other, BlockRun):
-            return NotImplemented
-        return (self.start == (<BlockRun>other).start and self.length == (<BlockRun>other).length
-                and self.generation == (<BlockRun>other).generation)
-
-    def __hash__(self):
-        return hash((self.start, self.length, self.generation))
-
-    def __repr__(self):
-        return f"BlockRun(start={self.start}, length={self.length}, generation={self.generation})"
-
-    def __reduce__(self):
-        return _same_run, (self.start, self.length, self.generation)
-
-
-def _same_run(start, length, generation):
-    """A run as it was pickled."""
-    cdef BlockRun run = BlockRun.__new__(BlockRun, start, length)
-    run.generation = generation
-    return run
-
-
-cdef class BlockAllocator:
-    """BlockAllocator(num_blocks)
-    --
-
-    Contiguous runs of blocks out of a pool of `num_blocks` (1 to 2**30 - 1), from any thread.
-
-    Raises
-    ------
-    ValueError
-        `num_blocks` is out of range.
-    MemoryError
-        The bookkeeping (about 12 bytes a block) cannot be had.
-    """
-
-    def __cinit__(self, num_blocks):
-        cdef int64_t count = as_count(num_blocks, "num_blocks", 1)
-        if count >= RUN_MARK:
-            raise ValueError(f"num_blocks must be below {RUN_MARK}, not {num_blocks}")
-        if kv_lock_init(&self.lock) or blocks_init(&self.blocks, count, True):
-            raise MemoryError(f"no memory for the bookkeeping of {num_blocks} blocks")
-        self.generation = next(POOLS) << 40  # runs of other pools are never live in this one
-
-    def __dealloc__(self):
-        blocks_destroy(&self.blocks)
-        kv_lock_destroy(&self.lock)
-
-    cdef void take_lock(self) noexcept:
-        if not kv_lock_try(&self.lock):
-            with nogil:
-                kv_lock(&self.lock)
-
-    def allocate(self, n):
-        """allocate($self, n, /)
-        --
-
-        A run of `n` blocks, or None where no gap is so long.
-
-        Raises
-        ------
-        TypeError, ValueError
-            `n` is not an int, or less than 1.
-        """
-        cdef int64_t length = as_count(n, "n", 1)
-        cdef int64_t start
-        cdef BlockRun run = BlockRun.__new__(BlockRun, 0, 1)
-        self.take_lock()
-        start = gap_for(&self.blocks, length)
-        if start >= 0:
-            take_run(&self.blocks, start, start, length)
-            self.label(start, length)
-            run.start, run.length, run.generation = start, length, self.generation
-        kv_unlock(&self.lock)
-        return run if start >= 0 else None
-
-    cdef void label(self, int64_t start, int64_t length) noexcept nogil:
-        """Gives a run its generation, which is what `require_live` looks for."""
-        self.generation += 1
-        self.blocks.cells[start].length = <int32_t>length
-        self.blocks.cells[start].a = <int32_t>self.generation
-        self.blocks.cells[start].b = <int32_t>(RUN_MARK | self.generation >> 32)
-
-    cdef int require_live(self, BlockRun run) except -1:
-        """Under the lock, which is given up before the error is made."""
-        cdef bint live = False
-        if run.generation and run.start < self.blocks.num_blocks and not block_is_free(&self.blocks, run.start):
-            live = (self.blocks.cells[run.start].length == run.length
-                    and self.blocks.cells[run.start].a == <int32_t>run.generation
-                    and self.blocks.cells[run.start].b == <int32_t>(RUN_MARK | run.generation >> 32))
-        if live:
-            return 0
-        kv_unlock(&self.lock)
-        raise InvalidFree(start=run.start, length=run.length, reason="is not a live run of this pool")
-
-    def extend(self, BlockRun run not None, n):
-        """extend($self, run, n, /)
-        --
-
-        The run with `n` more blocks, in place, or None where they are not free. Afterwards only the new run is live.
-
-        Raises
-        ------
-        InvalidFree
-            `run` is not live.
-        TypeError, ValueError
-            `n` is not an int, or less than 1.
-        """
-        cdef int64_t more = as_count(n, "n", 1)
-        cdef int64_t end
-        cdef BlockRun longer = BlockRun.__new__(BlockRun, 0, 1)
-        self.take_lock()
-        self.require_live(run)
-        end = run.start + run.length
-        if gap_at(&self.blocks, end) < more:
-            longer = None
-        else:
-            take_run(&self.blocks, end, end, more)
-            self.label(run.start, run.length + more)
-            longer.start, longer.length, longer.generation = run.start, run.length + more, self.generation
-        kv_unlock(&self.lock)
-        return longer
-
-    def free(self, BlockRun run not None):
-        """free($self, run, /)
-        --
-
-        Gives a run back.
-
-        Raises
-        ------
-        InvalidFree
-            `run` is not live exactly as given: freed before, extended since, part of a run, another pool's, built
-            by hand. Nothing has changed then.
-        """
-        self.take_lock()
-        self.require_live(run)
-        self.blocks.cells[run.start].b = 0
-        give_run(&self.blocks, run.start, run.length)
-        kv_unlock(&self.lock)
-
-    @property
-    def num_blocks(self):
-        """Blocks of the pool."""
-        return self.blocks.num_blocks
-
-    @property
-    def free_blocks(self):
-        """Blocks in no run."""
-        return self.blocks.free_blocks
-
-    @property
-    def used_blocks(self):
-        """Blocks in runs."""
-        return self.blocks.num_blocks - self.blocks.free_blocks
-
-    @property
-    def largest_free_run(self):
-        """Blocks of the longest gap."""
-        self.take_lock()
-        longest = largest_free_run(&self.blocks)
-        kv_unlock(&self.lock)
-        return longest
-
-    @property
-    def fragmentation(self):
-        """``1 - largest_free_run / free_blocks``; 0.0 when nothing is free."""
-        self.take_lock()
-        cdef int64_t longest = largest_free_run(&self.blocks)
-        cdef int64_t there = self.blocks.free_blocks
-        kv_unlock(&self.lock)
-        return fragmentation_of(longest, there)
-
-    def dump_block_map(self, file=None, width=64):
-        """dump_block_map($self, /, file=None, width=64)
-        --
-
-        Writes the numbers and a map of the blocks, `width` to a row, to `file` (standard output by default).
-        """
-        cdef int64_t columns = as_count(width, "width", 1)
-        self.take_lock()
-        cdef int64_t there = self.blocks.free_blocks
-        cdef int64_t longest = largest_free_run(&self.blocks)
-        kv_lock_runs_python(&self.lock, True)
-        rows = block_map(&self.blocks, columns)
-        kv_lock_runs_python(&self.lock, False)
-        kv_unlock(&self.lock)
-        print(block_map_text(self.blocks.num_blocks, there, longest, rows), file=sys.stdout if file is None else file)
-
-    def check(self):
-        """check($self, /)
-        --
-
-        Walks every structure.
-
-        Raises
-        ------
-        KVCacheError
-            Naming the first thing that is wrong.
-        """
-        self.take_lock()
-        kv_lock_runs_python(&self.lock, True)
-        wrong = check_blocks(&self.blocks)
-        kv_lock_runs_python(&self.lock, False)
-        kv_unlock(&self.lock)
-        if wrong is not None:
-            raise KVCacheError(wrong)
-
-
-cdef double fragmentation_of(int64_t longest, int64_t there) noexcept:
-    return 1.0 - <double>longest / <double>there if there else 0.0
-
-
-cdef str block_map_text(int64_t total, int64_t there, int64_t longest, str rows):
-    indented = "\n".join(["    " + row for row in rows.split("\n")])
-    return (f"KVBlockAllocator State:\n  Total blocks: {total}\n  Used: {total - there} Free: {there}\n"
-            f"  Fragmentation: {fragmentation_of(longest, there):.2f}\n"
-            f"  Block map (. = free, X = used):\n{indented}")
 
 
 # ---- sequences
@@ -329,8 +71,7 @@ cdef str block_map_text(int64_t total, int64_t there, int64_t longest, str rows)
 @cython.final
 @cython.freelist(256)
 cdef class Allocation:
-    """Allocation(request_id, tokens, max_tokens, cached_tokens)
-    --
+    """Allocation(request_id, tokens, max_tokens, cached_tokens)\n--\n
 
     What has been granted: a record, which stays as it is whatever becomes of the sequence.
 
@@ -494,7 +235,7 @@ cdef class CacheCore:
             raise CacheClosed()
         return record
 
-    def free_handle(self, handle_t handle):
+    cdef int free_handle(self, handle_t handle) except -1:
         cdef status_t status
         if kv_lock_try(&self.pool.lock):
             status = retire(&self.pool, handle)
@@ -506,14 +247,12 @@ cdef class CacheCore:
                 status = pool_free(&self.pool, handle)
         if status == NO_MEMORY:
             raise MemoryError("no memory to give blocks back under a hold")
+        return 0
 
     # -- admission
 
     def allocate_for(self, request_id, prompt, *, max_tokens=None, max_new_tokens=None):
-        """allocate_for($self, request_id, prompt, *, max_tokens=None, max_new_tokens=None)
-        --
-
-        Admits a sequence, or says that it does not fit now.
+        """Admits a sequence, or says that it does not fit now.
 
         Parameters
         ----------
@@ -593,10 +332,7 @@ cdef class CacheCore:
         return 0
 
     def fork(self, request_id, new_id):
-        """fork($self, request_id, new_id)
-        --
-
-        Admits a second sequence with the tokens, limit and committed prefix of a live one; either may append.
+        """Admits a second sequence with the tokens, limit and committed prefix of a live one; either may append.
 
         Returns
         -------
@@ -635,10 +371,7 @@ cdef class CacheCore:
         return self.enter(record)
 
     def free_for(self, request_id):
-        """free_for($self, request_id)
-        --
-
-        Ends a sequence: True if it was live, False if unknown, so that a second free is safe.
+        """Ends a sequence: True if it was live, False if unknown, so that a second free is safe.
         """
         if not self.opened:
             return False
@@ -651,10 +384,7 @@ cdef class CacheCore:
     # -- growth
 
     def append_token(self, request_id, token=None):
-        """append_token($self, request_id, token=None)
-        --
-
-        Room for one more token: True, or False when the sequence may not grow (its limit) or cannot now.
+        """Room for one more token: True, or False when the sequence may not grow (its limit) or cannot now.
 
         `token` is its id, 0 to 2**31 - 1.
         """
@@ -674,7 +404,7 @@ cdef class CacheCore:
             return self.append_patiently(found, 1)
         return self.answer(status, request_id)
 
-    def append_patiently(self, Allocation found, int64_t count):
+    cdef bint append_patiently(self, Allocation found, int64_t count) except -1:
         cdef status_t status
         cdef handle_t handle = found.handle
         self.before_waiting()
@@ -683,10 +413,7 @@ cdef class CacheCore:
         return self.answer(status, found.request_id)
 
     def append_tokens(self, request_id, tokens):
-        """append_tokens($self, request_id, tokens)
-        --
-
-        Room for several tokens, all or none: `tokens` is a count or token ids. No tokens at all: True.
+        """Room for several tokens, all or none: `tokens` is a count or token ids. No tokens at all: True.
         """
         cdef Allocation found = self.find(request_id)
         cdef int64_t count
@@ -697,10 +424,7 @@ cdef class CacheCore:
         return self.append_patiently(found, count)
 
     def truncate(self, request_id, num_tokens):
-        """truncate($self, request_id, num_tokens)
-        --
-
-        Keeps the first `num_tokens` tokens (0 allowed), gives back the blocks beyond.
+        """Keeps the first `num_tokens` tokens (0 allowed), gives back the blocks beyond.
 
         Returns
         -------
@@ -725,10 +449,7 @@ cdef class CacheCore:
         return self.answer(status, request_id)
 
     def set_limit(self, request_id, max_tokens):
-        """set_limit($self, request_id, max_tokens)
-        --
-
-        Changes a sequence's limit, up or down: False when what it may then claim does not fit.
+        """Changes a sequence's limit, up or down: False when what it may then claim does not fit.
 
         Raises
         ------
@@ -750,10 +471,7 @@ cdef class CacheCore:
         return self.answer(status, request_id)
 
     def commit(self, request_id, num_tokens=None):
-        """commit($self, request_id, num_tokens=None)
-        --
-
-        Says that K/V of the first `num_tokens` tokens (all of them by default) are in place, however they came there.
+        """Says that K/V of the first `num_tokens` tokens (all of them by default) are in place, however they came there.
 
         Raises
         ------
@@ -784,10 +502,7 @@ cdef class CacheCore:
         self.answer(STALE, found.request_id)
 
     def used_tokens(self, request_id):
-        """used_tokens($self, request_id)
-        --
-
-        Tokens of the sequence.
+        """Tokens of the sequence.
         """
         cdef int who = self.live(self.find(request_id))
         cdef int64_t tokens = self.pool.space.hot[who].tokens
@@ -795,18 +510,12 @@ cdef class CacheCore:
         return tokens
 
     def token_offset_in_block(self, request_id):
-        """token_offset_in_block($self, request_id)
-        --
-
-        Where in its block the next token goes: ``used_tokens % block_size``.
+        """Where in its block the next token goes: ``used_tokens % block_size``.
         """
         return self.used_tokens(request_id) % self.pool.space.block_size
 
     def limit(self, request_id):
-        """limit($self, request_id)
-        --
-
-        Tokens that the sequence may have in total.
+        """Tokens that the sequence may have in total.
         """
         cdef int who = self.live(self.find(request_id))
         cdef int64_t limit = self.pool.space.seqs[who].limit
@@ -814,10 +523,7 @@ cdef class CacheCore:
         return limit
 
     def capacity(self, request_id):
-        """capacity($self, request_id)
-        --
-
-        Tokens that the blocks held now have room for.
+        """Tokens that the blocks held now have room for.
         """
         cdef int who = self.live(self.find(request_id))
         cdef int64_t blocks = self.pool.space.seqs[who].blocks
@@ -825,10 +531,7 @@ cdef class CacheCore:
         return blocks * self.pool.space.block_size
 
     def is_contiguous(self, request_id):
-        """is_contiguous($self, request_id)
-        --
-
-        Whether the sequence's blocks are one run, so that its views copy nothing. An empty sequence is.
+        """Whether the sequence's blocks are one run, so that its views copy nothing. An empty sequence is.
         """
         cdef int who = self.live(self.find(request_id))
         cdef bint scattered = self.pool.paged and self.pool.space.seqs[who].breaks > 0
@@ -836,10 +539,7 @@ cdef class CacheCore:
         return not scattered
 
     def block_table(self, request_id):
-        """block_table($self, request_id)
-        --
-
-        Block ids in token order, a new int32 array.
+        """Block ids in token order, a new int32 array.
         """
         cdef Allocation found = self.find(request_id)
         cdef int64_t room = self.capacity(request_id) // self.pool.space.block_size
@@ -859,7 +559,7 @@ cdef class CacheCore:
                 return table[:blocks]
             room = blocks  # it grew meanwhile
 
-    def locate(self, request_id):
+    def _locate(self, request_id):
         """Where views look: (first slot, or -1 for a scattered sequence; used tokens; whether any block is shared)."""
         cdef int who = self.live(self.find(request_id))
         cdef int64_t slot = 0, tokens = self.pool.space.hot[who].tokens
@@ -871,7 +571,7 @@ cdef class CacheCore:
         pool_unlock(&self.pool)
         return slot, tokens, shared
 
-    def in_place(self, request_id, layer, tuple planes):
+    def _in_place(self, request_id, layer, tuple planes):
         """What `planes[layer]` has of a sequence that is one run with no shared block; None in every other case."""
         cdef int64_t slot, tokens
         cdef int who
@@ -885,7 +585,7 @@ cdef class CacheCore:
         pool_unlock(&self.pool)
         return planes[layer][:, slot : slot + tokens] if slot >= 0 else None
 
-    def write_rows(self, request_id, Sources sources not None, int64_t layer, start):
+    def _write_rows(self, request_id, Sources sources not None, int64_t layer, start):
         """Writes all rows of `sources` to consecutive positions of a sequence, by default its last ones."""
         cdef Allocation found = self.find(request_id)
         cdef int64_t first = -1 if start is None else as_count(start, "start", 0)
@@ -942,7 +642,7 @@ cdef class CacheCore:
     def __bool__(self):
         return True
 
-    def require_open(self):
+    def _require_open(self):
         """Raises `CacheClosed` after `close`."""
         self.known()
 
@@ -959,10 +659,7 @@ cdef class CacheCore:
         return len(self.known())
 
     def hold(self):
-        """hold($self)
-        --
-
-        A context manager: inside, nothing moves and nothing that is held is overwritten.
+        """A context manager: inside, nothing moves and nothing that is held is overwritten.
 
         Holds are shared and nest; enter and leave in one thread. What is freed inside is reused only after the last
         hold ends. A call that has to move or reuse such blocks waits for that, or raises `CacheHeld` in a thread
@@ -972,10 +669,7 @@ cdef class CacheCore:
         return Hold(self)
 
     def close(self):
-        """close($self)
-        --
-
-        Ends every sequence and lets the arena go. `free_for` then returns False, a second `close` does nothing, and
+        """Ends every sequence and lets the arena go. `free_for` then returns False, a second `close` does nothing, and
         everything else raises `CacheClosed`. Waits for holds of other threads.
         """
         cdef status_t status
@@ -992,7 +686,7 @@ cdef class CacheCore:
         """Whether `close` has been called."""
         return self.pool.closed
 
-    def counters(self):
+    def _counters(self):
         """The pool's numbers, taken under the lock, as a tuple in the order of `cache.Stats`."""
         cdef int64_t live, there, longest, claims, peak, moves, moved, copied
         self.known()
@@ -1014,7 +708,7 @@ cdef class CacheCore:
     @property
     def fragmentation(self):
         """``1 - largest_free_run / free_blocks``; 0.0 when nothing is free."""
-        counters = self.counters()
+        counters = self._counters()
         return fragmentation_of(counters[2], counters[1])
 
     @property
@@ -1023,10 +717,7 @@ cdef class CacheCore:
         return self.free_blocks == 0
 
     def dump_block_map(self, file=None, width=64):
-        """dump_block_map($self, file=None, width=64)
-        --
-
-        Writes the numbers and a map of the blocks, `width` to a row, to `file` (standard output by default).
+        """Writes the numbers and a map of the blocks, `width` to a row, to `file` (standard output by default).
         """
         cdef int64_t columns = as_count(width, "width", 1)
         self.known()
@@ -1042,10 +733,7 @@ cdef class CacheCore:
         print(text, file=sys.stdout if file is None else file)
 
     def check(self):
-        """check($self)
-        --
-
-        Walks every structure.
+        """Walks every structure.
 
         Raises
         ------

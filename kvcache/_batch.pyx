@@ -142,10 +142,7 @@ cdef class BatchCore:
         return 0
 
     def add(self, request_id):
-        """add($self, request_id)
-        --
-
-        Appends a live sequence at the end. Ends the step.
+        """Appends a live sequence at the end. Ends the step.
 
         Raises
         ------
@@ -156,10 +153,7 @@ cdef class BatchCore:
         self.rebuild(self.size - 1, -1)
 
     def remove(self, request_id):
-        """remove($self, request_id)
-        --
-
-        Takes a member out, also one that has been freed; the others keep their order. Ends the step.
+        """Takes a member out, also one that has been freed; the others keep their order. Ends the step.
 
         Raises
         ------
@@ -181,10 +175,7 @@ cdef class BatchCore:
         self.rebuild(self.size, index)
 
     def reorder(self, indices):
-        """reorder($self, indices)
-        --
-
-        Keeps the members at `indices`, in that order. Ends the step.
+        """Keeps the members at `indices`, in that order. Ends the step.
 
         Raises
         ------
@@ -276,10 +267,7 @@ cdef class BatchCore:
     # -- a step
 
     def append(self, tokens=None, counts=1):
-        """append($self, tokens=None, counts=1)
-        --
-
-        Gives every member one token (or `counts`: an int, or one per member), in batch order; a member gets all of
+        """Gives every member one token (or `counts`: an int, or one per member), in batch order; a member gets all of
         its count or none.
 
         Parameters
@@ -563,10 +551,7 @@ cdef class BatchCore:
         return out
 
     def truncate(self, counts):
-        """truncate($self, counts)
-        --
-
-        Drops the last tokens of each member: `counts` is an int, or one per member. Ends the step.
+        """Drops the last tokens of each member: `counts` is an int, or one per member. Ends the step.
 
         Returns
         -------
@@ -619,7 +604,7 @@ cdef class BatchCore:
 
     # -- writing a step
 
-    def write_rows(self, Sources sources not None, int64_t layer):
+    def _write_rows(self, Sources sources not None, int64_t layer):
         """Writes rows, one per token asked for or one per token granted, to where the last append put them."""
         cdef CacheCore cache = self.cache
         cdef Copier copier = cache.copier

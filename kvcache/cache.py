@@ -117,7 +117,7 @@ class KVCache(CacheCore):
 
     def warmup(self):
         """Make every page of the arena resident; its content stays as it is."""
-        self.require_open()
+        self._require_open()
         self.arena.warmup()
 
     # ---- views and writes
@@ -142,12 +142,12 @@ class KVCache(CacheCore):
         ------
         UnknownSequence, IndexError, ValueError
         """
-        view = None if copy else self.in_place(request_id, layer, self._k)
+        view = None if copy else self._in_place(request_id, layer, self._k)
         return self._views(request_id, layer, (self._k_index(layer),), copy)[0] if view is None else view
 
     def get_v_view(self, request_id, layer, copy=None):
         """V of a sequence in one layer; as `get_k_view`. `ValueError` where the layer has one plane only."""
-        view = None if copy else self.in_place(request_id, layer, self._v)
+        view = None if copy else self._in_place(request_id, layer, self._v)
         return self._views(request_id, layer, (self._v_index(layer),), copy)[0] if view is None else view
 
     def get_kv_views(self, request_id, layer, copy=None):
@@ -159,7 +159,7 @@ class KVCache(CacheCore):
         return self._views(request_id, layer, range(len(self._layers[self._checked(layer)].planes)), copy)
 
     def _views(self, request_id, layer, indices, copy):
-        slot, tokens, shared = self.locate(request_id)
+        slot, tokens, shared = self._locate(request_id)
         arena = self.arena
         arena.note_stream()
         if slot < 0:
@@ -191,12 +191,12 @@ class KVCache(CacheCore):
         CacheFull
             A shared block would have to be copied first, and no block is unclaimed. Nothing has been written.
         """
-        self.require_open()
+        self._require_open()
         self._checked(layer)
         sources = self.arena.sources(layer, planes, rows_axis=1)
         sources.overwrites = True
         self.arena.note_stream()
-        self.write_rows(request_id, sources, layer, start)
+        self._write_rows(request_id, sources, layer, start)
 
     def _checked(self, layer):
         if type(layer) is not int:
@@ -239,7 +239,7 @@ class KVCache(CacheCore):
 
     def stats(self):
         """Every number at once: a `CacheStats`, which stays as it is."""
-        return CacheStats.of(self.spec, self.counters(), self.arena)
+        return CacheStats.of(self.spec, self._counters(), self.arena)
 
     def dump_cache_stats(self, file=None):
         """Write the configuration, the state and one line per sequence to `file` (standard output by default)."""
@@ -277,11 +277,11 @@ class DecodeBatch(BatchCore):
             A shared block would have to be copied first, and no block is unclaimed.
         """
         cache = self.cache
-        cache.require_open()
+        cache._require_open()
         cache._checked(layer)
         sources = cache.arena.sources(layer, planes, rows_axis=0)
         cache.arena.note_stream()
-        self.write_rows(sources, layer)
+        self._write_rows(sources, layer)
 
     @property
     def device_slots(self):

@@ -24,8 +24,9 @@ RANKS = {
     "arena": 2,
     "memory": 2,
     "mlx_graph": 2,
-    "_alloc": 1,  # a door, as are _batch and _copy; behind them the rooms
+    "_alloc": 1,  # a door, as are _batch, _copy and _runs; behind them the rooms
     "_batch": 1,
+    "_runs": 1,
     "_blocks": 1,
     "_calls": 1,
     "_check": 1,
@@ -40,7 +41,7 @@ RANKS = {
     "errors": 0,
     "spec": 0,
 }
-DOORS = {"_alloc", "_batch", "_copy"}  # the other native modules are closed to the ranks above
+DOORS = {"_alloc", "_batch", "_copy", "_runs"}  # the other native modules are closed to the ranks above
 ROOMS = {name for name, rank in RANKS.items() if rank == 1} - DOORS
 ONLY_IMPORTER = {"mlx_lm": "mlx_lm"}  # outside package -> the one module that may import it
 OPTIONAL = ("mlx", "mlx_lm", "ml_dtypes", "rich", "typer")

@@ -1,0 +1,92 @@
+"""A native engine: it cimports the allocator and works on it from OS threads of its own, without the GIL."""
+
+from libc.stdint cimport int32_t, int64_t
+from libc.stdlib cimport calloc, free
+
+from kvcache._alloc cimport (
+    CacheCore,
+    handle_of,
+    handle_t,
+    pool_allocate,
+    pool_append,
+    pool_free,
+    pool_hold,
+    pool_release,
+    pool_slots,
+    pool_t,
+    pool_truncate,
+)
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_t:  # opaque
+        pass
+    int pthread_create(pthread_t *thread, const void *attributes, void *(*start)(void *) noexcept nogil, void *argument)
+    int pthread_join(pthread_t thread, void **result)
+
+ctypedef struct job_t:
+    pool_t *pool
+    handle_t handle
+    int64_t rounds
+    int64_t done       # calls that said OK
+    int64_t refused
+
+
+cdef void *append_many(void *argument) noexcept nogil:
+    cdef job_t *job = <job_t *>argument
+    cdef int64_t number
+    for number in range(job.rounds):
+        if pool_append(job.pool, job.handle, 1) == 0:
+            job.done += 1
+        else:
+            job.refused += 1
+    return NULL
+
+
+cdef void *live_and_die(void *argument) noexcept nogil:
+    """Admits, holds, looks at slots, grows, cuts, frees."""
+    cdef job_t *job = <job_t *>argument
+    cdef int64_t number, tokens
+    cdef handle_t handle
+    cdef int32_t slots[64]
+    for number in range(job.rounds):
+        tokens = 1 + number % 23
+        if pool_allocate(job.pool, tokens, tokens + 40, &handle):
+            job.refused += 1
+            continue
+        pool_hold(job.pool)
+        if pool_slots(job.pool, handle, 0, tokens, slots) == 0 and slots[tokens - 1] - slots[0] == tokens - 1:
+            job.done += 1
+        pool_release(job.pool)
+        pool_append(job.pool, handle, 1 + number % 40)
+        pool_truncate(job.pool, handle, number % 3)
+        pool_free(job.pool, handle)
+        if pool_append(job.pool, handle, 1) == 0:
+            job.done = -1 << 40  # a stale handle was taken for a live one
+    return NULL
+
+
+cdef run(CacheCore cache, list handles, int64_t rounds, void *(*work)(void *) noexcept nogil):
+    cdef int64_t count = len(handles), index
+    cdef job_t *jobs = <job_t *>calloc(count, sizeof(job_t))
+    cdef pthread_t *threads = <pthread_t *>calloc(count, sizeof(pthread_t))
+    for index in range(count):
+        jobs[index].pool, jobs[index].handle, jobs[index].rounds = &cache.pool, handles[index], rounds
+    with nogil:
+        for index in range(count):
+            pthread_create(&threads[index], NULL, work, &jobs[index])
+        for index in range(count):
+            pthread_join(threads[index], NULL)
+    outcome = [(jobs[index].done, jobs[index].refused) for index in range(count)]
+    free(jobs)
+    free(threads)
+    return outcome
+
+
+def append_from_threads(CacheCore cache, request_ids, int64_t rounds):
+    """One OS thread per sequence; [(granted, refused)] in order."""
+    return run(cache, [handle_of(cache, request_id) for request_id in request_ids], rounds, append_many)
+
+
+def live_and_die_in_threads(CacheCore cache, int64_t threads, int64_t rounds):
+    """Sequences that only native code knows; [(looked at, refused)] per thread."""
+    return run(cache, [0] * threads, rounds, live_and_die)
