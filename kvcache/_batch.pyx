@@ -384,22 +384,24 @@ cdef class BatchCore:
                 ungrow(&self.cache.pool, who, self.cache.pool.space.hot[who].tokens - count)
 
     cdef bint needs_limbo(self, const int32_t *counts) noexcept nogil:
-        """Whether a paged step wants more blocks than are free: known before the first copy on write is made."""
+        """Whether a paged step comes to a member that only held blocks could serve: seen before the first copy."""
         cdef pool_t *pool = &self.cache.pool
-        cdef int64_t index, count, tokens, need = 0
+        cdef int64_t index, count, tokens, need, there = pool.space.blocks.free_blocks
         cdef int32_t who
-        if not pool.paged:
-            return False
-        for index in range(self.size):
-            if not is_live(pool, self.handles[index]):
-                continue
+        for index in range(self.size if pool.paged else 0):
             who = place_of(self.handles[index])
-            tokens = pool.space.hot[who].tokens
             count = 1 if counts == NULL else counts[index]
-            if count and tokens + count <= pool.space.seqs[who].limit:
-                need += ceil_div(tokens + count, pool.space.block_size) - pool.space.seqs[who].blocks
-                need += tail_is_shared(pool, who)
-        return need > pool.space.blocks.free_blocks
+            if count == 0 or not is_live(pool, self.handles[index]):
+                continue
+            tokens = pool.space.hot[who].tokens
+            need = ceil_div(tokens + count, pool.space.block_size) - pool.space.seqs[who].blocks
+            need += tail_is_shared(pool, who)
+            if tokens + count > pool.space.seqs[who].limit or need > there + pool.limbo_blocks:
+                continue
+            if need > there:
+                return True
+            there -= need
+        return False
 
     cdef void fill(self, const int32_t *counts, const unsigned char *got) noexcept nogil:
         """Writes the step into the arrays, after all its moves."""
