@@ -7,9 +7,9 @@ date when they are read: the pool counts its changes, and a batch that has not s
 import numpy as np
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
-from libc.stdint cimport UINT32_MAX, int32_t, int64_t, uint32_t
+from libc.stdint cimport int32_t, int64_t, uint32_t
 from libc.stdlib cimport free, realloc
-from libc.string cimport memchr, memmove, memset
+from libc.string cimport memchr, memcpy, memmove, memset
 
 from kvcache._alloc cimport Allocation, CacheCore
 from kvcache._calls cimport wait_for_holds
@@ -57,6 +57,13 @@ cdef void *data_of(object array) except? NULL:
 
 cdef inline int32_t *ints_of(object array) except? NULL:
     return <int32_t *>data_of(array)
+
+
+cdef void keep_ints(int32_t *into, const int32_t *before, int64_t kept, int64_t removed) noexcept nogil:
+    """The first `kept` entries, after one of them was taken out (-1: none was)."""
+    cdef int64_t head = kept if removed < 0 else removed
+    memcpy(into, before, head * sizeof(int32_t))
+    memcpy(&into[head], &before[head + 1], (kept - head) * sizeof(int32_t))
 
 
 cdef object counts_array(object counts, int64_t size):
@@ -230,9 +237,8 @@ cdef class BatchCore:
         self.end_step()
         self.number += 1
         self.cache.lock_pool()
-        for index in range(kept):
-            self.length[index] = lengths[index + (0 <= removed <= index)]
-            self.start[index] = starts[index + (0 <= removed <= index)]
+        keep_ints(self.length, lengths, kept, removed)
+        keep_ints(self.start, starts, kept, removed)
         for index in range(kept, self.size):
             self.look(index)
         if kept == 0:
@@ -241,9 +247,8 @@ cdef class BatchCore:
         return 0
 
     cdef void end_step(self) noexcept nogil:
-        cdef int64_t entry
-        for entry in range(self.entries):
-            self.slot[entry] = self.position[entry] = -1
+        memset(self.slot, 0xFF, self.entries * sizeof(int32_t))  # -1
+        memset(self.position, 0xFF, self.entries * sizeof(int32_t))
         memset(self.split, 0, (self.size + 1) * sizeof(int32_t))
         self.stepped = self.whole = False
         self.granted = 0
