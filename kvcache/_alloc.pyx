@@ -679,7 +679,7 @@ cdef class CacheCore:
         with nogil:
             status = pool_close(&self.pool)
         self.answer(status, None)
-        self.ids = {}
+        self.ids.clear()  # emptied, not replaced: without a GIL others may be reading it
 
     @property
     def closed(self):
