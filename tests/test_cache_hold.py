@@ -245,6 +245,17 @@ def test_a_waiting_call_is_not_starved_by_holds_that_follow_each_other(make_cach
     assert granted or cache.allocate_for("b", 64)
 
 
+def test_a_batch_member_that_could_not_be_served_anyway_holds_up_nobody(make_cache):
+    cache = make_cache(1, 2, 4, 24, 4, placement="paged", overcommit=float("inf"))
+    cache.allocate_for("greedy", 4, max_tokens=24)
+    cache.allocate_for("c", 12)
+    cache.allocate_for("modest", 4, max_tokens=24)
+    with cache.hold():
+        cache.truncate("c", 0)
+        assert cache.stats().free_blocks == 1
+        assert cache.batch(["greedy", "modest"]).append(counts=[20, 1]).tolist() == [False, True]
+
+
 @BOTH
 def test_a_batch_append_that_needs_a_held_block_changes_nothing(make_cache, placement):
     cache = make_cache(placement=placement, overcommit=float("inf"))

@@ -4,8 +4,10 @@ import gc
 
 import numpy as np
 import pytest
+from hands import HandArena, Hands
 
-from kvcache import SequenceExists, UnknownSequence
+import kvcache.cache
+from kvcache import CacheHeld, KVCache, SequenceExists, UnknownSequence
 
 # ---- ids that call the cache
 
@@ -292,3 +294,95 @@ def test_an_object_that_frees_itself_while_it_is_read_as_an_int_is_unknown(make_
         with pytest.raises((UnknownSequence, TypeError)):
             call("a", Count())
         cache.check()
+
+
+# ---- in the middle of a move
+
+
+class MeddlingHands(Hands):
+    """Hands that let somebody else's Python run while they move, as a collection would."""
+
+    meddle = None
+
+    def move(self, moves):
+        super().move(moves[:1])
+        if self.meddle is not None:
+            self.meddle()
+        super().move(moves[1:])
+
+
+@pytest.fixture
+def comb(monkeypatch):
+    """A contiguous cache of eight single blocks with a gap after each: whatever is larger needs moves."""
+    monkeypatch.setattr(kvcache.cache, "make_arena", lambda spec, *options: HandArena(spec, MeddlingHands))
+    with KVCache(1, 2, 4, 64, 4) as cache:
+        for number in range(16):
+            cache.allocate_for(number, 4)
+            cache.write(number, 0, *[np.full((2, 4, 4), number, np.float32)] * 2)
+        for number in range(0, 16, 2):
+            cache.free_for(number)
+        yield cache
+        cache.check()
+
+
+def test_a_free_in_the_middle_of_a_move_comes_true_after_it(comb):
+    freed = []
+
+    def meddle():
+        for number in (3, 9):
+            freed.append(comb.free_for(number))
+
+    comb.arena.hands.meddle = meddle
+    assert comb.allocate_for("large", 32)
+    comb.arena.hands.meddle = None
+    assert freed[:2] == [True, True]
+    assert 3 not in comb
+    assert comb.stats().used_blocks == 6 + 8
+    comb.check()
+    for number in (1, 5, 7, 11, 13, 15):
+        assert np.all(comb.get_k_view(number, 0) == number)
+
+
+def test_what_would_wait_for_a_move_of_its_own_thread_is_told_so(comb):
+    told = []
+    calls = [
+        comb.stats,
+        comb.check,
+        lambda: comb.allocate_for("other", 1),
+        lambda: comb.append_token(1),
+        lambda: comb.truncate(1, 0),
+        lambda: comb.fork(1, "fork"),
+        lambda: comb.hold().__enter__(),
+        lambda: comb.batch([1]).append(),
+        lambda: comb.write(1, 0, *[np.zeros((2, 1, 4), np.float32)] * 2),
+        comb.close,
+    ]
+
+    def meddle():
+        for call in calls:
+            with pytest.raises(CacheHeld):
+                call()
+            told.append(call)
+
+    comb.arena.hands.meddle = meddle
+    assert comb.allocate_for("large", 32)
+    comb.arena.hands.meddle = None
+    assert len(told) >= len(calls)
+    for number in range(1, 16, 2):
+        assert np.all(comb.get_k_view(number, 0) == number)
+
+
+def test_a_finalizer_may_free_in_the_middle_of_any_move(comb, eager_collector):
+    for round_ in range(50):
+        name = ("owned", round_)
+        if comb.allocate_for(name, 1 + round_ % 9, max_tokens=20):
+            owner = Owner(comb, name)
+            comb.arena.hands.meddle = gc.collect
+            del owner
+        if comb.allocate_for("large", 9 + 4 * (round_ % 5)):
+            comb.free_for("large")
+        comb.check()
+    gc.collect()
+    assert set(comb) == set(range(1, 16, 2))
+    for number in comb:
+        assert np.all(comb.get_k_view(number, 0) == number)

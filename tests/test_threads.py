@@ -8,13 +8,16 @@ import collections
 import faulthandler
 import os
 import random
+import sys
 import threading
 import time
 
 import numpy as np
 import pytest
+from hands import HandArena, Hands
 from observation import dumped
 
+import kvcache.cache
 from kvcache import CacheHeld
 
 SECONDS = float(os.environ.get("KVCACHE_TEST_SECONDS", "10"))
@@ -24,10 +27,13 @@ LAYERS, HEADS, WIDTH = 2, 2, 4
 
 @pytest.fixture
 def watchdog(capfd):
-    """Ends the process, with the stack of every thread, when a test does not."""
+    """Ends the process, with the stack of every thread, when a test does not; threads take turns fast."""
     with capfd.disabled(), os.fdopen(os.dup(2), "w") as stderr:
         faulthandler.dump_traceback_later(SECONDS + 90, exit=True, file=stderr)
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
         yield
+        sys.setswitchinterval(interval)
         faulthandler.cancel_dump_traceback_later()
 
 
@@ -227,12 +233,7 @@ class Worker(threading.Thread):
         return len(list(self.cache)) >= 0
 
 
-@pytest.mark.parametrize("placement", ["contiguous", "paged"])
-def test_eight_threads_of_mixed_calls_keep_every_content(make_cache, watchdog, placement):
-    cache = make_cache(LAYERS, HEADS, WIDTH, 640, 4, placement=placement)
-    handed_on = collections.deque()
-    deadline = time.monotonic() + SECONDS
-    workers = [Worker(cache, number, deadline, handed_on) for number in range(THREADS)]
+def run_to_the_end(workers):
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -240,6 +241,15 @@ def test_eight_threads_of_mixed_calls_keep_every_content(make_cache, watchdog, p
     for worker in workers:
         if worker.error:
             raise worker.error
+
+
+@pytest.mark.parametrize("placement", ["contiguous", "paged"])
+def test_eight_threads_of_mixed_calls_keep_every_content(make_cache, watchdog, placement):
+    cache = make_cache(LAYERS, HEADS, WIDTH, 640, 4, placement=placement)
+    handed_on = collections.deque()
+    deadline = time.monotonic() + SECONDS
+    workers = [Worker(cache, number, deadline, handed_on) for number in range(THREADS)]
+    run_to_the_end(workers)
     done = sum((worker.done for worker in workers), collections.Counter())
     assert all(
         done[name] for name in ("open", "grow", "step", "look", "cut", "end", "take_over", "pry", "limit")
@@ -252,6 +262,34 @@ def test_eight_threads_of_mixed_calls_keep_every_content(make_cache, watchdog, p
     for request_id, _ in handed_on:
         assert cache.free_for(request_id)
     assert (len(cache), cache.total_allocated, cache.stats().claimed_blocks) == (0, 0, 0)
+
+
+class SleepyHands(Hands):
+    """Storage that gives the GIL up in the middle of moves and writes, as a device would."""
+
+    def move(self, moves):
+        time.sleep(0.0005)
+        super().move(moves)
+        time.sleep(0.0005)
+
+    def write(self, arrays, layer, spans):
+        time.sleep(0.0002)
+        super().write(arrays, layer, spans)
+
+
+@pytest.mark.parametrize("placement", ["contiguous", "paged"])
+def test_threads_wait_for_a_slow_arena_without_blocking_each_other(
+    make_cache, watchdog, monkeypatch, placement
+):
+    monkeypatch.setattr(kvcache.cache, "make_arena", lambda spec, *options: HandArena(spec, SleepyHands))
+    cache = make_cache(LAYERS, HEADS, WIDTH, 320, 4, placement=placement)
+    workers = [
+        Worker(cache, number, time.monotonic() + SECONDS / 5, collections.deque()) for number in range(4)
+    ]
+    run_to_the_end(workers)
+    done = sum((worker.done for worker in workers), collections.Counter())
+    assert done["open"] > 4
+    assert done["step"] > 4
 
 
 def test_a_close_while_others_call_ends_every_call_cleanly(make_cache, watchdog):
