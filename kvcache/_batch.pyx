@@ -341,6 +341,7 @@ cdef class BatchCore:
         cdef pool_t *pool = &self.cache.pool
         cdef hot_t *hot
         cdef int64_t index, peak = pool.peak_used
+        cdef int64_t moves = pool.moves, copied = pool.copied_tokens
         cdef uint64_t changes = pool.changes
         cdef status_t status = OK
         memset(got, 1, self.size)
@@ -360,7 +361,8 @@ cdef class BatchCore:
                 status = self.append_one(index, 1 if counts == NULL else counts[index], got)
             if status != OK:
                 self.take_back(index, counts, got)
-                pool.peak_used, pool.changes = peak, changes
+                if pool.moves == moves and pool.copied_tokens == copied:  # else others have to look again
+                    pool.peak_used, pool.changes = peak, changes
                 return status
         pool.changes += 1
         return OK
