@@ -20,7 +20,7 @@ from kvcache._calls cimport (
 )
 from kvcache._copy cimport Copier, Sources
 from kvcache._runs cimport BlockAllocator, BlockRun
-from kvcache._sequences cimport handle_t, pool_t, status_t
+from kvcache._pool cimport handle_t, pool_t, status_t
 
 
 cdef class Allocation:

@@ -23,7 +23,7 @@ from kvcache._lock cimport (
     kv_lock_try,
 )
 from kvcache._runs cimport block_map_text, fragmentation_of
-from kvcache._sequences cimport (
+from kvcache._pool cimport (
     BELOW_USED,
     BUSY,
     CLOSED,
@@ -35,24 +35,24 @@ from kvcache._sequences cimport (
     OK,
     PAST_LIMIT,
     STALE,
-    admit,
-    append,
     ceil_div,
-    committed_tokens,
-    cut,
-    defer_free,
     is_live,
-    is_shared,
-    mark_written,
     place_of,
     pool_destroy,
     pool_init,
+    slot_of,
+)
+from kvcache._sequences cimport (
+    admit,
+    append,
+    committed_tokens,
+    defer_free,
+    mark_written,
     pool_unlock,
     retire,
-    slot_of,
     split,
-    used_blocks,
 )
+from kvcache._sharing cimport is_shared
 from kvcache._writes cimport own_and_span, write_spans
 
 from kvcache.errors import (
@@ -471,7 +471,7 @@ cdef class CacheCore:
         return self.answer(status, request_id)
 
     def commit(self, request_id, num_tokens=None):
-        """Says that K/V of the first `num_tokens` tokens (all of them by default) are in place, however they came there.
+        """Says that K/V of the first `num_tokens` tokens (by default all) are in place, however they came there.
 
         Raises
         ------

@@ -4,7 +4,7 @@ from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
 from kvcache._alloc cimport CacheCore
 from kvcache._copy cimport Copier, Sources
-from kvcache._sequences cimport handle_t, spans_t, status_t
+from kvcache._pool cimport handle_t, spans_t, status_t
 
 
 cdef class BatchCore:

@@ -17,7 +17,7 @@ from kvcache._copy cimport Copier, Sources
 from kvcache._ids cimport as_count, as_tokens
 from kvcache._lock cimport kv_lock
 from kvcache._placement cimport hot_t
-from kvcache._sequences cimport (
+from kvcache._pool cimport (
     BUSY,
     GONE,
     HELD,
@@ -25,19 +25,15 @@ from kvcache._sequences cimport (
     OK,
     PAST_LIMIT,
     STALE,
-    append,
     ceil_div,
-    cut,
     is_live,
-    mark_written,
     place_of,
     pool_t,
-    pool_unlock,
     slot_of,
     status_t,
-    tail_is_shared,
-    ungrow,
 )
+from kvcache._sequences cimport append, cut, mark_written, pool_unlock, ungrow
+from kvcache._sharing cimport tail_is_shared
 from kvcache._writes cimport own_and_span, write_spans
 
 from kvcache.errors import CacheClosed, CacheFull, SequenceExists, UnknownSequence
@@ -222,7 +218,7 @@ cdef class BatchCore:
         cdef int32_t *lengths = self.length
         cdef int32_t *starts = self.start
         cdef int64_t index
-        before = self.lengths_array, self.starts_array  # alive until they have been read
+        _alive = self.lengths_array, self.starts_array  # until they have been read
         self.splits_array = np.zeros(self.size + 1, np.int32)
         self.lengths_array = np.empty(self.size, np.int32)
         self.starts_array = np.empty(self.size, np.int32)
@@ -522,7 +518,7 @@ cdef class BatchCore:
 
     @property
     def positions(self):
-        """Position in its sequence of each token asked for, int32, flat, as rotary embeddings want it; -1 as `slots`."""
+        """Position in its sequence of each token asked for, int32, flat: what RoPE wants; -1 as `slots`."""
         self.catch_up()
         return self.positions_array
 

@@ -4,7 +4,7 @@ from libc.stdint cimport int32_t, int64_t, uintptr_t
 from libc.stdlib cimport realloc
 
 from kvcache._lock cimport kv_lock, kv_lock_wait, kv_lock_wake, kv_thread
-from kvcache._sequences cimport (
+from kvcache._pool cimport (
     BELOW_USED,
     CLOSED,
     GONE,
@@ -13,23 +13,16 @@ from kvcache._sequences cimport (
     NOT_HELD,
     OK,
     STALE,
-    admit,
-    append,
-    change_limit,
-    cut,
     end_of_holds,
     handle_t,
     holder_t,
     is_live,
     place_of,
     pool_t,
-    pool_unlock,
-    raise_marks,
-    retire,
     slot_of,
-    split,
     status_t,
 )
+from kvcache._sequences cimport admit, append, change_limit, cut, pool_unlock, raise_marks, retire, split
 
 
 # ---- holds

@@ -5,7 +5,7 @@ from libc.stdlib cimport calloc, free
 
 from kvcache._blocks cimport NOWHERE, block_is_free, check_blocks
 from kvcache._placement cimport growth_of, hot_t, seq_t
-from kvcache._sequences cimport pool_t, slot_of, used_blocks
+from kvcache._pool cimport pool_t, slot_of, used_blocks
 
 
 cdef str check_pool(const pool_t *pool):
@@ -55,15 +55,16 @@ cdef str check_lengths(const pool_t *pool, int64_t who):
     cdef const hot_t *hot = &pool.space.hot[who]
     cdef const seq_t *seq = &pool.space.seqs[who]
     cdef int64_t size = pool.space.block_size
-    cdef int64_t mark
+    cdef int64_t mark, written
     if seq.blocks != (hot.tokens + size - 1) // size:
         return f"sequence {who} of {hot.tokens} tokens holds {seq.blocks} blocks of {size}"
     if hot.tokens > seq.limit or hot.soft > min(<int64_t>seq.limit, seq.blocks * size):
         return (f"sequence {who} has {hot.tokens} tokens and may have {hot.soft} without a look, "
                 f"its limit is {seq.limit}, its blocks hold {seq.blocks * size}")
     for mark in range(pool.num_marks):
-        if pool.marks[who * pool.num_marks + mark] > hot.tokens:
-            return f"sequence {who}: {pool.marks[who * pool.num_marks + mark]} tokens written of {hot.tokens}, mark {mark}"
+        written = pool.marks[who * pool.num_marks + mark]
+        if written > hot.tokens:
+            return f"sequence {who}: {written} tokens written of {hot.tokens}, mark {mark}"
     return None
 
 

@@ -25,7 +25,7 @@ from kvcache._moves cimport move_t
 cdef enum:
     MOST_SHARE = 64   # blocks of room that one neighbour gets at most
     MOST_SLACK = 8    # blocks of room beyond which more is worth nothing
-    MOST_LOOKED = 256 # gaps that a search for a window looks at, unless it has found none
+    MOST_LOOKED = 256  # gaps that a search for a window looks at, unless it has found none
 
 
 ctypedef struct reach_t:   # what a slide towards one side collects

@@ -3,7 +3,7 @@
 from libc.stdint cimport int32_t, int64_t
 
 from kvcache._copy cimport Copier, Sources
-from kvcache._sequences cimport pool_t, spans_t, status_t
+from kvcache._pool cimport pool_t, spans_t, status_t
 
 cdef status_t own_and_span(pool_t *pool, spans_t *spans, int32_t who, int64_t start, int64_t count,
                            int64_t row) noexcept nogil

@@ -6,17 +6,8 @@ from libc.stdlib cimport realloc
 from kvcache._copy cimport Copier, Sources, copier_write
 from kvcache._lock cimport kv_lock_runs_python
 from kvcache._moves cimport span_t
-from kvcache._sequences cimport (
-    MOVE_FAILED,
-    NO_MEMORY,
-    OK,
-    ceil_div,
-    own_blocks,
-    pool_t,
-    slot_of,
-    spans_t,
-    status_t,
-)
+from kvcache._pool cimport MOVE_FAILED, NO_MEMORY, OK, ceil_div, pool_t, slot_of, spans_t, status_t
+from kvcache._sharing cimport own_blocks
 
 
 cdef status_t own_and_span(pool_t *pool, spans_t *spans, int32_t who, int64_t start, int64_t count,

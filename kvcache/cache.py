@@ -246,7 +246,8 @@ class KVCache(CacheCore):
         rows = []
         for request_id in self:
             try:
-                rows.append((request_id, self.used_tokens(request_id), self.limit(request_id), self.block_table(request_id)))
+                used, limit = self.used_tokens(request_id), self.limit(request_id)
+                rows.append((request_id, used, limit, self.block_table(request_id)))
             except UnknownSequence:
                 continue  # freed by another thread since
         print(stats_text(self.spec, self.stats(), rows), file=sys.stdout if file is None else file)

@@ -105,7 +105,7 @@ def stats_text(spec, stats, rows):
         f"  Fragmentation: {stats.fragmentation:.2f}",
         "Sequences:",
     ]
-    lines += [f"  {request_id}: {used}/{limit} tokens, blocks {_runs(table)}" for request_id, used, limit, table in rows]
+    lines += [f"  {name}: {used}/{limit} tokens, blocks {_runs(table)}" for name, used, limit, table in rows]
     return "\n".join(lines)
 
 

@@ -53,7 +53,7 @@ cdef int64_t decode_step(pool_t *pool, const plane_t *planes, int64_t num_planes
 def decode(CacheCore cache not None, list request_ids not None, int64_t steps):
     """Decodes up to `steps` tokens of each sequence in a float32 cache; returns how many in all."""
     cdef pool_t *pool = &cache.pool
-    cdef int64_t num_planes = 0, plane, step, index, count = len(request_ids), total = 0
+    cdef int64_t num_planes = 0, plane, _step, index, count = len(request_ids), total = 0
     cdef const plane_t *planes = NULL
     cdef member_t *members
     if cache.copier is None:
@@ -70,7 +70,7 @@ def decode(CacheCore cache not None, list request_ids not None, int64_t steps):
             members[index].handle = handle_of(cache, request_ids[index])
             members[index].tokens = cache.used_tokens(request_ids[index])
         with nogil:
-            for step in range(steps):
+            for _step in range(steps):
                 total += decode_step(pool, planes, num_planes, members, count)
     finally:
         free(members)

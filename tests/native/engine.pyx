@@ -33,8 +33,8 @@ ctypedef struct job_t:
 
 cdef void *append_many(void *argument) noexcept nogil:
     cdef job_t *job = <job_t *>argument
-    cdef int64_t number
-    for number in range(job.rounds):
+    cdef int64_t _round
+    for _round in range(job.rounds):
         if pool_append(job.pool, job.handle, 1) == 0:
             job.done += 1
         else:

@@ -1,0 +1,128 @@
+"""The pool: the one struct that everything hangs on, and what every decision needs of it."""
+
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t, uintptr_t
+
+from kvcache._lock cimport kv_lock_t
+from kvcache._moves cimport move_f, move_t, span_t
+from kvcache._placement cimport hot_t, seq_t, space_t
+
+ctypedef uint64_t handle_t  # generation << 32 | place; 0 is never live
+
+ctypedef enum status_t:
+    OK = 0
+    NO_ROOM = 1       # does not fit now: nothing changed
+    PAST_LIMIT = 2    # would exceed the sequence's limit: nothing changed
+    STALE = 3         # the handle is not of a live sequence
+    HELD = 4          # must wait for the last hold to end, and this thread holds
+    BUSY = 5          # not to be decided without waiting or moving: call again without the GIL
+    MOVE_FAILED = 6   # the arena could not move: nothing changed, it keeps the exception
+    NO_MEMORY = 7
+    BELOW_USED = 8    # a limit below the used tokens, or a commit beyond them
+    NOT_HELD = 9      # release without a hold of this thread
+    GONE = 10         # a position that no longer exists
+    CLOSED = 11
+
+ctypedef struct holder_t:
+    uintptr_t thread
+    int64_t depth
+
+ctypedef struct extent_t:
+    int32_t start
+    int32_t length
+
+ctypedef struct spans_t:
+    span_t *items           # [count] of [capacity]
+    int64_t count
+    int64_t capacity
+
+ctypedef struct pool_t:
+    kv_lock_t lock
+    space_t space
+    bint paged
+    bint closed
+    int64_t budget          # blocks that may be held or claimed: overcommit * num_blocks
+    int64_t claims          # blocks that live sequences may still ask for, copies included
+    int64_t copies          # of these: outstanding copies of shared partial blocks
+    int32_t *refs           # paged: [num_blocks] holders; meaningful only for blocks in use
+    int32_t *writers        # paged: [num_blocks] holders that may append into it; meaningful while refs > 1
+    int64_t places          # entries of space.hot and space.seqs
+    int32_t vacant          # first vacant place, NOWHERE for none
+    int64_t num_marks       # written prefixes that a sequence has (one per layer)
+    int32_t *marks          # [places * num_marks] tokens written, from the first on
+    extent_t *limbo         # blocks freed under a hold; theirs again when the last one ends
+    int64_t num_limbo
+    int64_t limbo_capacity
+    int64_t limbo_blocks
+    holder_t *holders       # threads that hold
+    int64_t num_holders
+    int64_t holder_capacity
+    int64_t waiting         # calls that wait for the last hold to end
+    spans_t spans           # of the write in hand
+    int64_t wanted          # blocks that the last copy on write needed, and how many were unclaimed
+    int64_t unclaimed
+    handle_t *deferred      # freed by a finalizer while this thread ran Python under the lock
+    int64_t num_deferred
+    int64_t deferred_capacity
+    uint64_t changes        # calls that have changed anything
+    int64_t peak_used
+    int64_t moves
+    int64_t moved_tokens
+    int64_t copied_tokens
+    move_f move             # NULL: no storage
+    void *arena
+
+cdef inline int32_t place_of(handle_t handle) noexcept nogil:
+    return <int32_t><uint32_t>handle
+
+cdef inline bint is_live(const pool_t *pool, handle_t handle) noexcept nogil:
+    cdef uint32_t place = <uint32_t>handle, generation = <uint32_t>(handle >> 32)
+    return place < pool.places and generation & 1 and pool.space.hot[place].generation == generation
+
+# The one place where a position becomes a slot. The position is below `capacity`.
+cdef inline int64_t slot_of(const pool_t *pool, int32_t who, int64_t position) noexcept nogil:
+    cdef const seq_t *seq = &pool.space.seqs[who]
+    cdef int64_t size = pool.space.block_size
+    if pool.paged:
+        return seq.table[position // size] * size + position % size
+    return seq.start * size + position
+
+cdef inline int64_t used_blocks(const pool_t *pool) noexcept nogil:
+    return pool.space.blocks.num_blocks - pool.space.blocks.free_blocks
+
+cdef inline int64_t ceil_div(int64_t value, int64_t divisor) noexcept nogil:
+    return (value + divisor - 1) // divisor
+
+cdef inline int64_t held_blocks(const pool_t *pool) noexcept nogil:
+    return used_blocks(pool) - pool.limbo_blocks
+
+cdef inline bint over_budget(const pool_t *pool, int64_t more) noexcept nogil:
+    """Whether `more` blocks, held or claimed, are more than may be promised."""
+    return more > pool.budget - held_blocks(pool) - pool.claims
+
+cdef inline status_t find_room(const pool_t *pool, int64_t blocks) noexcept nogil:
+    cdef int64_t there = pool.space.blocks.free_blocks
+    if blocks <= there:
+        return OK
+    return HELD if blocks <= there + pool.limbo_blocks else NO_ROOM
+
+cdef inline status_t may_move(const pool_t *pool, bint patient) noexcept nogil:
+    if not patient:
+        return BUSY
+    return HELD if pool.num_holders else OK
+
+cdef inline void note_peak(pool_t *pool) noexcept nogil:
+    pool.peak_used = max(pool.peak_used, used_blocks(pool))
+
+cdef int pool_init(pool_t *pool, int64_t num_blocks, int64_t block_size, bint paged, int64_t budget,
+                   int64_t num_marks) noexcept nogil
+cdef void pool_destroy(pool_t *pool) noexcept nogil
+cdef status_t move_bytes(pool_t *pool, const move_t *moves, int64_t count) noexcept nogil
+cdef int add_places(pool_t *pool) noexcept nogil
+cdef int32_t next_place(pool_t *pool, int64_t table) noexcept nogil
+cdef int reserve_table(seq_t *seq, int64_t entries) noexcept nogil
+cdef handle_t enter(pool_t *pool, int64_t tokens, int64_t limit) noexcept nogil
+cdef void leave(pool_t *pool, int32_t who) noexcept nogil
+cdef void refresh(pool_t *pool, int32_t who) noexcept nogil
+cdef void give_back(pool_t *pool, int64_t start, int64_t length) noexcept nogil
+cdef void end_of_holds(pool_t *pool) noexcept nogil
+cdef int reserve_limbo(pool_t *pool, int64_t blocks) noexcept nogil

@@ -1,0 +1,193 @@
+"""The pool: places in the table, blocks that nobody holds, bytes that move."""
+
+from libc.stdint cimport UINT32_MAX, int32_t, int64_t
+from libc.stdlib cimport calloc, free, realloc
+from libc.string cimport memset
+
+from kvcache._blocks cimport NOWHERE, blocks_destroy, blocks_init, give_run, mark_free
+from kvcache._lock cimport kv_lock_destroy, kv_lock_init, kv_lock_runs_python
+from kvcache._moves cimport move_t
+from kvcache._placement cimport hot_t, plan_destroy, plan_reserve, seq_t
+
+
+cdef int pool_init(pool_t *pool, int64_t num_blocks, int64_t block_size, bint paged, int64_t budget,
+                   int64_t num_marks) noexcept nogil:
+    memset(pool, 0, sizeof(pool_t))
+    pool.space.block_size = block_size
+    pool.paged = paged
+    pool.budget = budget
+    pool.num_marks = num_marks
+    pool.vacant = NOWHERE
+    if kv_lock_init(&pool.lock) or blocks_init(&pool.space.blocks, num_blocks, not paged):
+        return -1
+    if paged:
+        pool.refs = <int32_t *>calloc(num_blocks, sizeof(int32_t))
+        pool.writers = <int32_t *>calloc(num_blocks, sizeof(int32_t))
+        if pool.refs == NULL or pool.writers == NULL:
+            return -1
+    return add_places(pool)
+
+
+cdef void pool_destroy(pool_t *pool) noexcept nogil:
+    cdef int64_t who
+    for who in range(pool.places):
+        free(pool.space.seqs[who].table)
+    blocks_destroy(&pool.space.blocks)
+    plan_destroy(&pool.space.plan)
+    free(pool.space.hot)
+    free(pool.space.seqs)
+    free(pool.refs)
+    free(pool.writers)
+    free(pool.marks)
+    free(pool.limbo)
+    free(pool.spans.items)
+    free(pool.holders)
+    free(pool.deferred)
+    kv_lock_destroy(&pool.lock)
+
+
+cdef status_t move_bytes(pool_t *pool, const move_t *moves, int64_t count) noexcept nogil:
+    cdef int failed
+    if pool.move == NULL or count == 0:
+        return OK
+    kv_lock_runs_python(&pool.lock, True)  # the arena may have to
+    failed = pool.move(pool.arena, moves, count)
+    kv_lock_runs_python(&pool.lock, False)
+    return MOVE_FAILED if failed else OK
+
+
+# ---- places in the table
+
+cdef int add_places(pool_t *pool) noexcept nogil:
+    """Doubles the table. What cannot be had leaves it as it was (some arrays larger than they need be)."""
+    cdef int64_t places = max(pool.places * 2, <int64_t>16)
+    cdef int64_t who
+    cdef void *hot = realloc(pool.space.hot, places * sizeof(hot_t))
+    cdef void *seqs
+    cdef void *marks
+    if hot == NULL:
+        return -1
+    pool.space.hot = <hot_t *>hot
+    seqs = realloc(pool.space.seqs, places * sizeof(seq_t))
+    if seqs == NULL:
+        return -1
+    pool.space.seqs = <seq_t *>seqs
+    marks = realloc(pool.marks, max(places * pool.num_marks, <int64_t>1) * sizeof(int32_t))
+    if marks == NULL:
+        return -1
+    pool.marks = <int32_t *>marks
+    if plan_reserve(&pool.space.plan, places + 1):  # every sequence may move, and a fork be copied
+        return -1
+    memset(&pool.space.hot[pool.places], 0, (places - pool.places) * sizeof(hot_t))
+    memset(&pool.space.seqs[pool.places], 0, (places - pool.places) * sizeof(seq_t))
+    for who in range(places - 1, pool.places - 1, -1):
+        pool.space.seqs[who].next_vacant = pool.vacant
+        pool.vacant = <int32_t>who
+    pool.places = places
+    return 0
+
+
+cdef int32_t next_place(pool_t *pool, int64_t table) noexcept nogil:
+    """A vacant place, still vacant, whose table has room for so many entries; NOWHERE without memory."""
+    if pool.vacant == NOWHERE and add_places(pool):
+        return NOWHERE
+    if pool.paged and reserve_table(&pool.space.seqs[pool.vacant], table):
+        return NOWHERE
+    return pool.vacant
+
+
+cdef int reserve_table(seq_t *seq, int64_t entries) noexcept nogil:
+    cdef void *table
+    if entries <= seq.capacity:
+        return 0
+    entries = max(entries, seq.capacity + (seq.capacity >> 1))
+    table = realloc(seq.table, entries * sizeof(int32_t))
+    if table == NULL:
+        return -1
+    seq.table = <int32_t *>table
+    seq.capacity = <int32_t>entries
+    return 0
+
+
+cdef handle_t enter(pool_t *pool, int64_t tokens, int64_t limit) noexcept nogil:
+    """Makes the next place live, with no block yet; its handle."""
+    cdef int32_t who = pool.vacant
+    cdef hot_t *hot = &pool.space.hot[who]
+    cdef seq_t *seq = &pool.space.seqs[who]
+    pool.vacant = seq.next_vacant
+    hot.generation += 1
+    hot.tokens = <int32_t>tokens
+    seq.limit = <int32_t>limit
+    seq.blocks = seq.breaks = 0
+    memset(&pool.marks[who * pool.num_marks], 0, pool.num_marks * sizeof(int32_t))
+    pool.space.live += 1
+    return <handle_t>hot.generation << 32 | <handle_t>who
+
+
+cdef void leave(pool_t *pool, int32_t who) noexcept nogil:
+    pool.space.hot[who].generation += 1
+    pool.space.live -= 1
+    if pool.space.hot[who].generation >= UINT32_MAX - 1:
+        return  # worn out: a handle that comes round again would be somebody else's
+    pool.space.seqs[who].next_vacant = pool.vacant
+    pool.vacant = who
+
+
+cdef void refresh(pool_t *pool, int32_t who) noexcept nogil:
+    """Sets what an append without a look reads: where the next token goes, and how many may follow."""
+    cdef hot_t *hot = &pool.space.hot[who]
+    cdef seq_t *seq = &pool.space.seqs[who]
+    cdef int64_t size = pool.space.block_size
+    cdef int64_t tail = seq.start + seq.blocks - 1
+    if seq.blocks == 0:
+        hot.base = hot.soft = 0
+        return
+    if pool.paged:
+        tail = seq.table[seq.blocks - 1]
+    hot.base = <int32_t>((tail - (seq.blocks - 1)) * size)
+    if pool.paged and pool.refs[tail] > 1:
+        hot.soft = hot.tokens  # the block is copied before anything is appended to it
+    else:
+        hot.soft = <int32_t>min(<int64_t>seq.limit, seq.blocks * size)
+
+
+# ---- blocks that nobody holds
+
+cdef void give_back(pool_t *pool, int64_t start, int64_t length) noexcept nogil:
+    """Blocks that nobody holds: free now, or when the last hold ends (room for the entry has been reserved)."""
+    if pool.num_holders:
+        pool.limbo[pool.num_limbo] = extent_t(start=<int32_t>start, length=<int32_t>length)
+        pool.num_limbo += 1
+        pool.limbo_blocks += length
+        if not pool.paged:  # nobody's run, for whoever looks for a neighbour
+            pool.space.blocks.cells[start].a = NOWHERE
+            pool.space.blocks.cells[start + length - 1].a = NOWHERE
+    elif pool.paged:
+        mark_free(&pool.space.blocks, start, length)
+    else:
+        give_run(&pool.space.blocks, start, length)
+
+
+cdef void end_of_holds(pool_t *pool) noexcept nogil:
+    """What was freed under the holds is free."""
+    cdef int64_t index
+    for index in range(pool.num_limbo):
+        give_back(pool, pool.limbo[index].start, pool.limbo[index].length)
+    if pool.num_limbo:
+        pool.changes += 1
+    pool.num_limbo = pool.limbo_blocks = 0
+
+
+cdef int reserve_limbo(pool_t *pool, int64_t blocks) noexcept nogil:
+    """Room for what giving back so many blocks enters, if anybody holds."""
+    cdef int64_t entries = pool.num_limbo + (blocks if pool.paged else 1)
+    cdef void *limbo
+    if pool.num_holders == 0 or entries <= pool.limbo_capacity:
+        return 0
+    entries = max(entries, 2 * pool.limbo_capacity)
+    limbo = realloc(pool.limbo, entries * sizeof(extent_t))
+    if limbo == NULL:
+        return -1
+    pool.limbo = <extent_t *>limbo
+    pool.limbo_capacity = entries
+    return 0

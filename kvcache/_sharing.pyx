@@ -1,0 +1,189 @@
+"""Blocks with several holders (paged placement): counted, copied before they are written, claimed until then."""
+
+from libc.stdint cimport int32_t, int64_t
+
+from kvcache._blocks cimport mark_free, take_lowest
+from kvcache._moves cimport move_t
+from kvcache._placement cimport plan_reserve, seq_t
+from kvcache._pool cimport (
+    BUSY,
+    MOVE_FAILED,
+    NO_MEMORY,
+    NO_ROOM,
+    OK,
+    ceil_div,
+    find_room,
+    give_back,
+    held_blocks,
+    move_bytes,
+    note_peak,
+    over_budget,
+    pool_t,
+    refresh,
+    status_t,
+)
+
+
+cdef void change_holders(pool_t *pool, int64_t block, int32_t refs, int32_t writers) noexcept nogil:
+    """Adds so many holders and writers; what this changes in outstanding copies is claimed or given back."""
+    cdef int64_t before = copies_of(pool.refs[block], pool.writers[block])
+    cdef int64_t after
+    pool.refs[block] += refs
+    pool.writers[block] += writers
+    after = copies_of(pool.refs[block], pool.writers[block])
+    pool.copies += after - before
+    pool.claims += after - before
+
+
+cdef void drop_block(pool_t *pool, int64_t block, bint writer) noexcept nogil:
+    """One holder less; the last one gives the block back."""
+    if pool.refs[block] > 1:
+        change_holders(pool, block, -1, -1 if writer else 0)
+        return
+    pool.refs[block] = 0
+    give_back(pool, block, 1)
+
+
+cdef void drop_blocks(pool_t *pool, const int32_t *table, int64_t first, int64_t end, bint writer) noexcept nogil:
+    """Drops table[first:end]; neighbours that nobody else holds go together."""
+    cdef int64_t index = first, run
+    while index < end:
+        if pool.refs[table[index]] > 1:
+            drop_block(pool, table[index], writer and index == end - 1)
+            index += 1
+            continue
+        run = index
+        while index < end and pool.refs[table[index]] == 1 and table[index] - table[run] == index - run:
+            pool.refs[table[index]] = 0
+            index += 1
+        give_back(pool, table[run], index - run)
+
+
+cdef int32_t breaks_in(const seq_t *seq, int64_t first, int64_t end) noexcept nogil:
+    """How many of table[first:end] are not right after the block before them."""
+    cdef int32_t breaks = 0
+    cdef int64_t index
+    for index in range(max(first, <int64_t>1), end):
+        breaks += seq.table[index] != seq.table[index - 1] + 1
+    return breaks
+
+
+cdef bint tail_is_shared(const pool_t *pool, int32_t who) noexcept nogil:
+    """Paged: whether others hold a last block that is not full, so that it is copied before the next append."""
+    cdef const seq_t *seq = &pool.space.seqs[who]
+    return (pool.space.hot[who].tokens < seq.blocks * pool.space.block_size
+            and pool.refs[seq.table[seq.blocks - 1]] > 1)
+
+
+cdef bint is_shared(const pool_t *pool, int32_t who) noexcept nogil:
+    cdef const seq_t *seq = &pool.space.seqs[who]
+    cdef int64_t index
+    if pool.paged:
+        for index in range(seq.blocks):
+            if pool.refs[seq.table[index]] > 1:
+                return True
+    return False
+
+
+# ---- a block of one's own
+
+cdef status_t own_blocks(pool_t *pool, int32_t who, int64_t first, int64_t last, bint patient) noexcept nogil:
+    """Paged: copies those of a sequence's blocks [first, last) that others hold too."""
+    cdef seq_t *seq = &pool.space.seqs[who]
+    cdef int64_t index, shared = 0, given_back = 0
+    cdef bint writer = is_writer(pool, who, pool.space.hot[who].tokens, seq.limit)
+    cdef int32_t block
+    cdef status_t status
+    if not pool.paged:
+        return OK
+    for index in range(first, last):
+        block = seq.table[index]
+        if pool.refs[block] > 1:
+            shared += 1
+            given_back += copies_of(pool.refs[block], pool.writers[block])
+            given_back -= copies_of(pool.refs[block] - 1, pool.writers[block] - (writer and index == seq.blocks - 1))
+    if shared == 0:
+        return OK
+    pool.wanted = shared
+    pool.unclaimed = min(pool.space.blocks.free_blocks, pool.budget - held_blocks(pool) - pool.claims + given_back)
+    if over_budget(pool, shared - given_back):
+        return NO_ROOM
+    status = find_room(pool, shared)
+    if status == OK and not patient:
+        status = BUSY
+    if status == OK and plan_reserve(&pool.space.plan, shared):
+        status = NO_MEMORY
+    return copy_shared(pool, who, first, last, shared) if status == OK else status
+
+
+cdef status_t copy_shared(pool_t *pool, int32_t who, int64_t first, int64_t last, int64_t shared) noexcept nogil:
+    cdef seq_t *seq = &pool.space.seqs[who]
+    cdef int64_t size = pool.space.block_size, tokens = pool.space.hot[who].tokens
+    cdef int64_t index, copied = 0
+    cdef bint writer = is_writer(pool, who, tokens, seq.limit)
+    cdef int32_t *fresh = pool.space.plan.who
+    cdef move_t *moves = pool.space.plan.moves
+    take_lowest(&pool.space.blocks, shared, fresh)
+    for index in range(first, last):
+        if pool.refs[seq.table[index]] > 1:
+            moves[copied] = move_t(source=seq.table[index], destination=fresh[copied], blocks=1)
+            copied += 1
+    if move_bytes(pool, moves, shared) != OK:
+        for index in range(shared):
+            mark_free(&pool.space.blocks, fresh[index], 1)
+        return MOVE_FAILED
+    copied = 0
+    for index in range(first, last):
+        if pool.refs[seq.table[index]] > 1:
+            drop_block(pool, seq.table[index], writer and index == seq.blocks - 1)
+            seq.table[index] = fresh[copied]
+            pool.refs[fresh[copied]] = 1
+            pool.copied_tokens += min(size, tokens - index * size)
+            copied += 1
+    seq.breaks = breaks_in(seq, 0, seq.blocks)
+    seq.version += 1
+    refresh(pool, who)
+    note_peak(pool)
+    pool.changes += 1
+    return OK
+
+
+cdef status_t share_blocks(pool_t *pool, int32_t who, int32_t twin, int64_t claim) noexcept nogil:
+    """Paged: the twin's table names the same blocks."""
+    cdef seq_t *seq = &pool.space.seqs[who]
+    cdef int64_t index, tail, copies = 0
+    cdef int32_t block
+    cdef int32_t writer = is_writer(pool, who, pool.space.hot[who].tokens, seq.limit)
+    if seq.blocks and writer:
+        tail = seq.table[seq.blocks - 1]
+        if pool.refs[tail] > 1:
+            copies = copies_of(pool.refs[tail] + 1, pool.writers[tail] + 1)
+            copies -= copies_of(pool.refs[tail], pool.writers[tail])
+        else:
+            copies = 1
+    if over_budget(pool, claim + copies):
+        return NO_ROOM
+    for index in range(seq.blocks):
+        block = seq.table[index]
+        if pool.refs[block] == 1:
+            pool.writers[block] = writer if index == seq.blocks - 1 else 0
+        change_holders(pool, block, 1, writer if index == seq.blocks - 1 else 0)
+        pool.space.seqs[twin].table[index] = block
+    return OK
+
+
+cdef bint over_budget_after_cut(const pool_t *pool, int32_t who, int64_t tokens) noexcept nogil:
+    cdef const seq_t *seq = &pool.space.seqs[who]
+    cdef int64_t keep = ceil_div(tokens, pool.space.block_size)
+    cdef int64_t index, more = 0, refs, writers
+    cdef bint writer = is_writer(pool, who, pool.space.hot[who].tokens, seq.limit)
+    for index in range(keep, seq.blocks):
+        refs, writers = pool.refs[seq.table[index]], pool.writers[seq.table[index]]
+        if refs > 1:  # stays with others, and is claimed anew
+            more += 1 - copies_of(refs, writers)
+            more += copies_of(refs - 1, writers - (writer and index == seq.blocks - 1))
+    if is_writer(pool, who, tokens, seq.limit):
+        refs, writers = pool.refs[seq.table[keep - 1]], pool.writers[seq.table[keep - 1]]
+        if refs > 1 and not (keep == seq.blocks and writer):
+            more += copies_of(refs, writers + 1) - copies_of(refs, writers)
+    return more > 0 and over_budget(pool, more)
