@@ -77,7 +77,9 @@ class KVCache(CacheCore):
         stream=None,
     ):
         spec = _spec_of(num_layers, num_kv_heads, head_dim, max_total_tokens, block_size, dtype)
-        _check_options(placement, overcommit, prefix_cache, policy=policy, max_move_tokens=max_move_tokens, clock=clock)
+        _check_options(
+            placement, overcommit, prefix_cache, policy=policy, max_move_tokens=max_move_tokens, clock=clock
+        )
         arena = make_arena(spec, backend, stream)
         super().__init__(
             spec.num_blocks,
@@ -164,7 +166,9 @@ class KVCache(CacheCore):
         arena.note_stream()
         if slot < 0:
             if copy is not None and not copy:
-                raise ValueError(f"{request_id!r} is scattered over several runs of blocks: a view of it is a copy")
+                raise ValueError(
+                    f"{request_id!r} is scattered over several runs of blocks: a view of it is a copy"
+                )
             table = self.block_table(request_id)
             return tuple([arena.gather(layer, index, table, tokens) for index in indices])
         if copy:
@@ -211,7 +215,9 @@ class KVCache(CacheCore):
     def _v_index(self, layer):
         planes = self._layers[self._checked(layer)]
         if planes.v_index is None:
-            raise ValueError(f"layer {layer} has one plane only, {planes.planes[0].name!r}: get_views gives it")
+            raise ValueError(
+                f"layer {layer} has one plane only, {planes.planes[0].name!r}: get_views gives it"
+            )
         return planes.v_index
 
     # ---- batches
