@@ -1,4 +1,4 @@
-"""Sphinx configuration. `make docs` builds the manual with every warning an error, unknown references included."""
+"""Sphinx configuration. `make docs` builds the manual; every warning is an error, unknown references too."""
 
 import re
 
@@ -39,7 +39,7 @@ properties = {}  # name -> docstring lines, while napoleon has them
 
 
 class Name(XRefRole):
-    """What docstrings put between single backticks: a link where there is something to link to, else just code."""
+    """What docstrings put between single backticks: a link where there is a target, else just code."""
 
     def __init__(self):
         super().__init__(innernodeclass=nodes.literal)
@@ -76,7 +76,7 @@ def without_signature_end(app, what, name, obj, options, lines):
 
 
 def keep_property(app, what, name, obj, options, lines):
-    """Napoleon takes what stands before a colon in the docstring of a property for its type: ours have none."""
+    """Napoleon takes what stands before a colon in a property's docstring for its type: ours have none."""
     if what in ("attribute", "property"):
         properties[name] = list(lines)
 
@@ -89,7 +89,7 @@ def restore_property(app, what, name, obj, options, lines):
 def without_empty_ends(app, doctree):
     """An exception with nothing said about it loses the dash that would lead to it."""
     for paragraph in list(doctree.findall(nodes.paragraph)):
-        if len(paragraph) > 1 and paragraph.children[-1].astext() in (" -- ", " – "):
+        if len(paragraph) > 1 and paragraph.children[-1].astext() in (" -- ", " \N{EN DASH} "):
             paragraph.remove(paragraph.children[-1])
 
 
