@@ -1,7 +1,5 @@
 """Sphinx configuration. `make docs` builds the manual; every warning is an error, unknown references too."""
 
-import re
-
 from docutils import nodes
 from sphinx.roles import XRefRole
 
@@ -62,19 +60,6 @@ def resolve_name(app, env, node, content):
     return python.resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, content) or content
 
 
-def without_self(app, what, name, obj, options, signature, returns):
-    """Native docstrings begin with a signature for `inspect`, such as ``append($self, run, n, /)``."""
-    if signature:
-        signature = re.sub(r"^\(\$self(, /)?(, )?", "(", signature)
-    return signature, returns
-
-
-def without_signature_end(app, what, name, obj, options, lines):
-    """The line of two hyphens that ends such a signature."""
-    if lines and lines[0].strip() == "--":
-        del lines[0]
-
-
 def keep_property(app, what, name, obj, options, lines):
     """Napoleon takes what stands before a colon in a property's docstring for its type: ours have none."""
     if what in ("attribute", "property"):
@@ -95,9 +80,7 @@ def without_empty_ends(app, doctree):
 
 def setup(app):
     app.add_role("name", Name())
-    app.connect("autodoc-process-signature", without_self)
-    app.connect("autodoc-process-docstring", without_signature_end, priority=400)  # before napoleon, at 500
-    app.connect("autodoc-process-docstring", keep_property, priority=400)
+    app.connect("autodoc-process-docstring", keep_property, priority=400)  # before napoleon, at 500
     app.connect("autodoc-process-docstring", restore_property, priority=600)
     app.connect("doctree-read", without_empty_ends)
     app.connect("missing-reference", resolve_name)
