@@ -9,6 +9,7 @@ status 1. Targets are shown beside the times and decide nothing. `--update` writ
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def read_results(path):
         if "median_ns" in each["extra_info"]:
             name = each["fullname"].split("/")[-1]
             rows[name] = {"group": each["group"], **each["extra_info"]}
-    call = min([row["call_ns"] for row in rows.values()], default=None)
+    call = statistics.median([row["call_ns"] for row in rows.values()])
     for row in rows.values():
         row.setdefault("units", row["steady_ns"] / call)
     info = report["machine_info"]
@@ -41,7 +42,7 @@ def read_results(path):
 
 
 def read_baseline():
-    return json.loads(BASELINE.read_text())["benchmarks"] if BASELINE.exists() else {}
+    return json.loads(BASELINE.read_text(encoding="utf-8"))["benchmarks"] if BASELINE.exists() else {}
 
 
 def is_floor(name):
@@ -53,7 +54,7 @@ def changes_of(rows, baseline):
     return {
         name: row["units"] / baseline[name]["units"]
         for name, row in rows.items()
-        if name in baseline and not is_floor(name)
+        if not is_floor(name) and baseline.get(name, {}).get("floor") == row["floor"]
     }
 
 
@@ -63,16 +64,23 @@ def slower(rows, baseline):
 
 
 def write_baseline(rows, machine):
+    """What later runs are compared with (`units`), and what the manual shows."""
     benchmarks = {
         name: {
+            "group": row["group"],
             "floor": row["floor"],
             "units": round(row["units"], 3),
-            "median_ns": round(row["median_ns"], 1),
+            "turns": round(row["median_ns"] / row["turn_ns"], 1),
+            "cells": [*cells_of(name, row), facts_of(row)],
         }
-        for name, row in sorted(rows.items())
+        for name, row in rows.items()
         if not is_floor(name)
     }
-    BASELINE.write_text(json.dumps({"machine": machine, "benchmarks": benchmarks}, indent=1) + "\n")
+    floors = {}
+    for floor in ("turn_ns", "call_ns"):
+        floors[floor] = duration(statistics.median([row[floor] for row in rows.values()]))
+    content = {"machine": machine, "floors": floors, "benchmarks": benchmarks}
+    BASELINE.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def duration(nanoseconds):
@@ -81,6 +89,10 @@ def duration(nanoseconds):
         if nanoseconds < 0.9995 * limit:
             return f"{nanoseconds / unit:.3g} {name}"
     raise ValueError(f"{nanoseconds} ns is no duration")
+
+
+def three_digits(number):
+    return f"{number:.3g}" if number < 1000 else f"{float(f'{number:.3g}'):,.0f}"
 
 
 def judged(row):
@@ -107,24 +119,29 @@ def table_of(group, rows, changes):
     for heading in ("at most", "met", "to baseline", "counted"):
         table.add_column(heading, justify="right" if heading == "to baseline" else "left")
     for name, row in sorted(rows.items(), key=lambda item: not is_floor(item[0])):
-        table.add_row(*cells_of(name, row, changes))
+        cells = [escape(cell) for cell in cells_of(name, row)]
+        table.add_row(*cells, change_cell(changes.get(name)), facts_of(row))
     return table
 
 
-def cells_of(name, row, changes):
+def cells_of(name, row):
+    """What a table says of a benchmark: its case, times, floors, limits, and whether they are met."""
     limits = list(judged(row))
-    change = changes.get(name)
     return (
-        FLOORS[name.split("[")[-1]] if is_floor(name) else escape(name.split("::test_")[-1]),
+        FLOORS[name.split("[")[-1]] if is_floor(name) else name.split("::test_")[-1],
         duration(row["median_ns"]),
         duration(row["least_ns"]),
         duration(row["p99_ns"]) if row["p99_ns"] else "",
-        "" if is_floor(name) else f"{row['units']:.3g} {row['floor']}",
+        "" if is_floor(name) else f"{three_digits(row['units'])} {row['floor']}",
         "\n".join(text for text, _ in limits),
-        "\n".join("yes" if met else "[red]no[/]" for _, met in limits),
-        "" if change is None else f"[red]{change:.2f} x[/]" if change > TOLERANCE else f"{change:.2f} x",
-        facts_of(row),
+        "\n".join("yes" if met else "no" for _, met in limits),
     )
+
+
+def change_cell(change):
+    if change is None:
+        return ""
+    return f"[red]{change:.2f} x[/]" if change > TOLERANCE else f"{change:.2f} x"
 
 
 def show(rows, baseline, console=None):
@@ -139,8 +156,8 @@ def show(rows, baseline, console=None):
     bad = slower(rows, baseline)
     for name in bad:
         console.print(
-            f"[red]slower[/]: {escape(name)} takes {rows[name]['units']:.3g} floors ({rows[name]['floor']}), "
-            f"the baseline {baseline[name]['units']:.3g}: {changes[name]:.2f} x, allowed is {TOLERANCE} x"
+            f"[red]slower[/]: {escape(name)} takes {three_digits(rows[name]['units'])} floors ({rows[name]['floor']}), "
+            f"the baseline {three_digits(baseline[name]['units'])}: {changes[name]:.2f} x, allowed is {TOLERANCE} x"
         )
     return bad
 

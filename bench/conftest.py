@@ -79,9 +79,9 @@ class Measure:
 
     def record(self, name, rounds, passes, calls, turns, targets):
         turn, call = self.floors.turn, self.floors.call
-        seconds = self.benchmark.stats.stats.data
-        times = [(each * 1e9 - turns * turn) / calls for each in seconds]
-        floors = [(each - turns * turn) / calls for each in self.own_floor]
+        empty = self.floors.empty_round + turns * turn
+        times = [(each * 1e9 - empty) / calls for each in self.benchmark.stats.stats.data]
+        floors = [(each - empty) / calls for each in self.own_floor]
         if passes > 1:
             times = [min(times[step::rounds]) for step in range(rounds)]
         typical, least = statistics.median(times), min(times)

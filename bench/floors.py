@@ -31,9 +31,10 @@ class Floors:
     def __init__(self, native):
         self.native = native
         self.ids = [f"request-{number}" for number in range(TURNS)]
-        self.turns, self.calls = [], []
+        self.turns, self.calls, self.rounds = [], [], []
 
     def take(self):
+        self.rounds.append(timed(nothing))
         self.turns.append(timed(self.empty_turns) / TURNS)
         self.calls.append(timed(self.empty_calls) / TURNS)
 
@@ -45,6 +46,11 @@ class Floors:
     def call(self):
         return min(self.calls) - self.turn
 
+    @property
+    def empty_round(self):
+        """What calling the work and asking the clock take."""
+        return min(self.rounds)
+
     def empty_turns(self):
         for _ in self.ids:
             pass
@@ -53,6 +59,10 @@ class Floors:
         call = self.native.call
         for request_id in self.ids:
             call(request_id)
+
+
+def nothing():
+    """The work of an empty round."""
 
 
 def timed(work):

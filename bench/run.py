@@ -3,7 +3,8 @@
     python bench/run.py [--update] [arguments for pytest, such as -k append]
 
 A benchmark that seems too slow is measured again, up to three times: a neighbour's load passes, a slower
-program stays. With `--update` everything is run three times, and the baseline is each benchmark's median.
+program stays. With `--update` everything is run three times, each benchmark's median becomes the baseline,
+and the tables of docs/performance.md are written from it.
 """
 
 import os
@@ -14,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import compare
+import tables
 
 HERE = Path(__file__).parent
 TRIES = 3
@@ -66,11 +68,13 @@ def middle(runs):
 def main():
     arguments = [argument for argument in sys.argv[1:] if argument != "--update"]
     if "--update" in sys.argv:
-        found = [run(arguments, [str(HERE)]) for _ in range(TRIES)]
+        if arguments:
+            sys.exit("the baseline is of all benchmarks: --update goes without other arguments")
+        found = [run([], [str(HERE)]) for _ in range(TRIES)]
         rows, machine = middle([rows for rows, _ in found]), found[0][1]
         compare.show(rows, compare.read_baseline())
         compare.write_baseline(rows, machine)
-        return 0
+        return tables.main()
     rows, _ = run(arguments, [str(HERE)])
     baseline = compare.read_baseline()
     again(arguments, rows, baseline)

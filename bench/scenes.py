@@ -25,36 +25,30 @@ def blocks_of(tokens):
     return -(-tokens // BLOCK)
 
 
-class LivedIn:
-    """A pool kept at `occupancy` in which every sequence has been replaced several times, in random order."""
+class Population:
+    """Prompts by id, so many that they fill `occupancy` of a pool, and scripts in which they replace each other."""
 
-    def __init__(self, num_blocks, placement, occupancy=0.75, generations=4):
-        self.random = random.Random(num_blocks)
-        self.cache = books(num_blocks, placement)
+    def __init__(self, num_blocks, occupancy=0.75, seed=0):
+        self.random = random.Random(num_blocks + seed)
         self.least, self.most = int((occupancy - 0.04) * num_blocks), int((occupancy + 0.04) * num_blocks)
         self.tokens = {}  # id -> prompt
         self.names = 0
-        while self.used < occupancy * num_blocks - 64:
-            self.admit()
-        for _ in range(generations):
-            for victim, newcomer, tokens in self.script(len(self.tokens)):
-                assert self.cache.free_for(victim)
-                assert self.cache.allocate_for(newcomer, tokens)
+        used = 0
+        while used < occupancy * num_blocks - 64:
+            name, tokens = self.name(), self.random.randint(*PROMPT)
+            self.tokens[name] = tokens
+            used += blocks_of(tokens)
 
     @property
     def used(self):
-        return self.cache.spec.num_blocks - self.cache.free_blocks
+        """Blocks."""
+        return sum(map(blocks_of, self.tokens.values()))
 
     def name(self):
         self.names += 1
         name = f"request-{self.names}"
         hash(name)  # whoever calls has looked it up before
         return name
-
-    def admit(self):
-        name, tokens = self.name(), self.random.randint(*PROMPT)
-        assert self.cache.allocate_for(name, tokens)
-        self.tokens[name] = tokens
 
     def script(self, count):
         """`count` exchanges (victim, newcomer, tokens) that keep the occupancy; the caller makes them."""
@@ -72,9 +66,28 @@ class LivedIn:
             exchanges.append((victim, newcomer, tokens))
         return exchanges
 
+
+class LivedIn(Population):
+    """A pool in which every sequence has been replaced several times, in random order."""
+
+    def __init__(self, num_blocks, placement, generations=4):
+        super().__init__(num_blocks)
+        self.cache = books(num_blocks, placement)
+        for name, tokens in self.tokens.items():
+            assert self.cache.allocate_for(name, tokens)
+        for _ in range(generations):
+            for victim, newcomer, tokens in self.script(len(self.tokens)):
+                assert self.cache.free_for(victim)
+                assert self.cache.allocate_for(newcomer, tokens)
+
+    @property
+    def held(self):
+        """Blocks that the cache says are held."""
+        return self.cache.spec.num_blocks - self.cache.free_blocks
+
     def check(self):
         assert len(self.cache) == len(self.tokens)
-        assert self.used == sum(map(blocks_of, self.tokens.values()))
+        assert self.held == self.used
 
 
 def comb(num_blocks, placement):

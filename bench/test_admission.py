@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from scenes import LivedIn
+from scenes import LivedIn, Population
 
 from kvcache import BlockAllocator
 
@@ -44,9 +44,8 @@ def test_floor(measure, name):
 def test_newcomer_comes_and_goes(measure, lived_in, blocks, placement):
     """The pool's other sequences stay."""
     pool = lived_in(blocks, placement)
-    cache, used = pool.cache, pool.used
+    cache, held = pool.cache, pool.held
     newcomers = [(pool.name(), pool.random.randint(64, 2048)) for _ in range(PAIRS)]
-    got = []
 
     def exchange():
         allocate_for, free_for = cache.allocate_for, cache.free_for
@@ -54,11 +53,11 @@ def test_newcomer_comes_and_goes(measure, lived_in, blocks, placement):
             allocate_for(request_id, tokens)
             free_for(request_id)
 
-    def verify():
-        request_id, tokens = newcomers[-1]
-        got.append(cache.allocate_for(request_id, tokens))
-        assert got.pop().tokens == tokens and cache.free_for(request_id)
-        assert pool.used == used and len(cache) == len(pool.tokens)
+    def verify():  # the same calls in the same pool: what they return now is what they returned
+        for request_id, tokens in newcomers:
+            assert cache.allocate_for(request_id, tokens).tokens == tokens
+            assert cache.free_for(request_id)
+        assert pool.held == held and len(cache) == len(pool.tokens)
 
     before = cache.stats()
     measure(exchange, verify=verify, calls=PAIRS, turns=PAIRS, targets=targets_of(placement, blocks))
@@ -69,12 +68,17 @@ def test_newcomer_comes_and_goes(measure, lived_in, blocks, placement):
 @POOLS
 @PLACEMENTS
 def test_one_replaces_another(measure, lived_in, blocks, placement):
-    """Which one has ended is random; the newcomer has a length of its own."""
-    pool = lived_in(blocks, placement)
+    """Which one has ended is random; the newcomer has a length of its own.
+
+    Its floor is the same in a plain dictionary: what knowing sequences by their ids costs by itself.
+    """
+    pool, others = lived_in(blocks, placement), Population(blocks, seed=1)
     cache, moves = pool.cache, pool.cache.stats().moves
-    exchanges = []
+    records = {request_id: [tokens] for request_id, tokens in others.tokens.items()}
+    exchanges, of_others = [], []
 
     def prepare():
+        of_others[:] = others.script(PAIRS)
         exchanges[:] = pool.script(PAIRS)
 
     def exchange():
@@ -83,13 +87,23 @@ def test_one_replaces_another(measure, lived_in, blocks, placement):
             free_for(victim)
             allocate_for(newcomer, tokens)
 
+    def exchange_in_a_dict():
+        for victim, newcomer, tokens in of_others:
+            records.pop(victim, None)
+            records[newcomer] = [tokens]
+
+    def verify():
+        pool.check()
+        assert records.keys() == others.tokens.keys()
+
     measure(
         exchange,
         prepare=prepare,
-        verify=pool.check,
+        verify=verify,
         calls=PAIRS,
         turns=PAIRS,
         rounds=60,
+        floor=("dict", exchange_in_a_dict),
         targets=targets_of(placement, blocks),
     )
     measure.note(moves_per_pair=(cache.stats().moves - moves) / (60 * PAIRS))

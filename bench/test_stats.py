@@ -27,7 +27,7 @@ def test_stats(measure, pool):
         seen[:] = [pool.cache.stats() for _ in range(CALLS)]
 
     def verify():
-        assert seen[-1].num_sequences == len(pool.tokens) and seen[-1].used_blocks == pool.used
+        assert seen[-1].num_sequences == len(pool.tokens) and seen[-1].used_blocks == pool.held
 
     measure(look, verify=verify, calls=CALLS, turns=CALLS)
     pool.cache.check()
