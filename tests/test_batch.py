@@ -630,6 +630,23 @@ def test_a_batch_write_without_a_block_for_its_copy_writes_nothing(make_cache):
         batch.write(0, rows([1, 2]), rows([3, 4]))
 
 
+def test_a_batch_write_copies_for_all_members_or_for_none(make_cache):
+    cache = make_cache(1, 2, 4, 20, 4, placement="paged")
+    for name in "ab":
+        cache.allocate_for(name, 3, max_tokens=4)
+    batch = cache.batch(["a", "b"])
+    batch.append()
+    for name in "ab":
+        cache.fork(name, ("fork", name))
+    cache.allocate_for("c", 8)
+    with unchanged(cache), pytest.raises(CacheFull) as caught:
+        batch.write(0, rows([1, 2]), rows([3, 4]))
+    assert (caught.value.blocks_needed, caught.value.blocks_available) == (2, 1)
+    cache.free_for("c")
+    batch.write(0, rows([1, 2]), rows([3, 4]))
+    assert cache.stats().copied_tokens == 8
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [

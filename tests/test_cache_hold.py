@@ -256,6 +256,17 @@ def test_a_batch_member_that_could_not_be_served_anyway_holds_up_nobody(make_cac
         assert cache.batch(["greedy", "modest"]).append(counts=[20, 1]).tolist() == [False, True]
 
 
+def test_two_members_that_share_a_block_need_one_copy_of_it(make_cache):
+    cache = make_cache(1, 2, 4, 16, 4, placement="paged")
+    cache.allocate_for("a", 2, max_tokens=4)
+    cache.fork("a", "b")
+    cache.allocate_for("c", 8)
+    with cache.hold():
+        cache.truncate("c", 4)
+        assert cache.stats().free_blocks == 1
+        assert cache.batch(["a", "b"]).append().tolist() == [True, True]
+
+
 @BOTH
 def test_a_batch_append_that_needs_a_held_block_changes_nothing(make_cache, placement):
     cache = make_cache(placement=placement, overcommit=float("inf"))

@@ -324,6 +324,20 @@ class CacheMachine(RuleBasedStateMachine):
     def batch_write(self, layer, skip_refused):
         self.batch.write(layer, skip_refused)
 
+    @precondition(lambda self: self.has_batch() and self.stored())
+    @rule(most=st.integers(1, 4), spare=st.integers(0, 2), layer=st.integers(0, 2))
+    def batch_write_shared(self, most, spare, layer):
+        """A step is shared before it is written, in a pool that has few blocks left for copies."""
+        self.batch.append(None)
+        self.everything_compares()
+        for member in self.batch.members[:most]:
+            if member.request_id in self.model.sequences:
+                self.fork(self.live().index(member.request_id), 0)
+                self.pair.compare()
+        self.allocate_at_the_border(0, -spare * self.model.block_size, 0)
+        self.pair.compare()
+        self.batch.write(layer, False)
+
     # ---- after every step
 
     @invariant()
@@ -378,6 +392,7 @@ def crowded_step(walk, chance):
         lambda: walk.batch_append(chance.randint(0, 2)): 6,
         lambda: walk.batch_write(layer, False): 6 if walk.stored() else 0,
         lambda: walk.batch_truncate(few - 1): 1,
+        lambda: walk.batch_write_shared(few, chance.randint(0, 2), layer): 2 if walk.stored() else 0,
     }
     actions = always | (with_sequences if walk.live() else {}) | (with_batch if walk.batch else {})
     chance.choices(list(actions), actions.values())[0]()
