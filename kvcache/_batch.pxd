@@ -67,5 +67,7 @@ cdef class BatchCore:
     cdef void refresh(self) noexcept nogil
     cdef int catch_up(self) except -1
     cdef status_t write_locked(self, Copier copier, Sources sources, int64_t layer) noexcept nogil
+    cdef status_t may_own(self) noexcept nogil
+    cdef (int64_t, int64_t) written_by(self, int64_t index) noexcept nogil
     cdef status_t find_spans(self, int64_t rows) noexcept nogil
     cdef status_t cut_each(self, const int32_t *counts, unsigned char *got) noexcept nogil

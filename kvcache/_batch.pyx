@@ -33,8 +33,8 @@ from kvcache._pool cimport (
     status_t,
 )
 from kvcache._sequences cimport append, cut, mark_written, pool_unlock, ungrow
-from kvcache._sharing cimport tail_is_shared
-from kvcache._writes cimport own_and_span, write_spans
+from kvcache._sharing cimport may_copy, tail_is_shared, wish_t
+from kvcache._writes cimport own_and_span, unwish_write, wish_write, write_spans
 
 from kvcache.errors import CacheClosed, CacheFull, SequenceExists, UnknownSequence
 
@@ -391,6 +391,7 @@ cdef class BatchCore:
         cdef pool_t *pool = &self.cache.pool
         cdef int64_t index, count, tokens, need, there = pool.space.blocks.free_blocks
         cdef int32_t who
+        cdef bint shared, needed = False
         for index in range(self.size if pool.paged else 0):
             who = place_of(self.handles[index])
             count = 1 if counts == NULL else counts[index]
@@ -398,13 +399,23 @@ cdef class BatchCore:
                 continue
             tokens = pool.space.hot[who].tokens
             need = ceil_div(tokens + count, pool.space.block_size) - pool.space.seqs[who].blocks
-            need += tail_is_shared(pool, who)
+            shared = tail_is_shared(pool, who)
+            need += shared
             if tokens + count > pool.space.seqs[who].limit or need > there + pool.limbo_blocks:
                 continue
             if need > there:
-                return True
+                needed = True
+                break
             there -= need
-        return False
+            if shared:  # as if it had its copy: the last holder needs none
+                pool.refs[pool.space.seqs[who].table[pool.space.seqs[who].blocks - 1]] -= 1
+                self.touched[self.num_touched] = who
+                self.num_touched += 1
+        while self.num_touched:
+            self.num_touched -= 1
+            who = self.touched[self.num_touched]
+            pool.refs[pool.space.seqs[who].table[pool.space.seqs[who].blocks - 1]] += 1
+        return needed
 
     cdef void fill(self, const int32_t *counts, const unsigned char *got) noexcept nogil:
         """Writes the step into the arrays, after all its moves."""
@@ -662,9 +673,32 @@ cdef class BatchCore:
                 return True
         return False
 
+    cdef status_t may_own(self) noexcept nogil:
+        """Whether every shared block beneath the step can be copied: seen before the first copy."""
+        cdef pool_t *pool = &self.cache.pool
+        cdef wish_t wish = wish_t(copies=0, unclaimed=0)
+        cdef int64_t index, position, count
+        for index in range(self.size if pool.paged else 0):
+            position, count = self.written_by(index)
+            wish_write(pool, place_of(self.handles[index]), position, count, &wish)
+        for index in range(self.size if pool.paged else 0):
+            position, count = self.written_by(index)
+            unwish_write(pool, place_of(self.handles[index]), position, count)
+        return may_copy(pool, &wish)
+
+    cdef (int64_t, int64_t) written_by(self, int64_t index) noexcept nogil:
+        """First position of a member's tokens of the step, and how many were granted."""
+        cdef int64_t first = self.first_of(index)
+        cdef int64_t count = self.first_of(index + 1) - first
+        if count and self.position[first] >= 0:
+            return self.position[first], count
+        return 0, 0
+
     cdef status_t find_spans(self, int64_t rows) noexcept nogil:
         cdef int64_t index, first, count, row = 0
-        cdef status_t status
+        cdef status_t status = self.may_own()
+        if status != OK:
+            return status
         self.spans.count = 0
         self.spans_rows = -1
         for index in range(self.size):

@@ -87,33 +87,55 @@ cdef bint is_shared(const pool_t *pool, int32_t who) noexcept nogil:
 
 # ---- a block of one's own
 
-cdef status_t own_blocks(pool_t *pool, int32_t who, int64_t first, int64_t last, bint patient) noexcept nogil:
-    """Paged: copies those of a sequence's blocks [first, last) that others hold too."""
-    cdef seq_t *seq = &pool.space.seqs[who]
-    cdef int64_t index, shared = 0, given_back = 0
+cdef void wish_copies(pool_t *pool, int32_t who, int64_t first, int64_t last, wish_t *wish) noexcept nogil:
+    """Counts the copies that blocks [first, last) need. Until `unwish_copies` the sequence counts as having left them,
+    so that whoever shares them with it and wishes next needs one copy less."""
+    cdef const seq_t *seq = &pool.space.seqs[who]
     cdef bint writer = is_writer(pool, who, pool.space.hot[who].tokens, seq.limit)
+    cdef int64_t index
     cdef int32_t block
-    cdef status_t status
-    if not pool.paged:
-        return OK
     for index in range(first, last):
         block = seq.table[index]
-        if pool.refs[block] > 1:
-            shared += 1
-            given_back += copies_of(pool.refs[block], pool.writers[block])
-            given_back -= copies_of(pool.refs[block] - 1, pool.writers[block] - (writer and index == seq.blocks - 1))
-    if shared == 0:
+        wish.copies += pool.refs[block] > 1
+        wish.unclaimed += copies_of(pool.refs[block], pool.writers[block])
+        pool.refs[block] -= 1
+        pool.writers[block] -= writer and index == seq.blocks - 1
+        wish.unclaimed -= copies_of(pool.refs[block], pool.writers[block])
+
+
+cdef void unwish_copies(pool_t *pool, int32_t who, int64_t first, int64_t last) noexcept nogil:
+    cdef const seq_t *seq = &pool.space.seqs[who]
+    cdef bint writer = is_writer(pool, who, pool.space.hot[who].tokens, seq.limit)
+    cdef int64_t index
+    for index in range(first, last):
+        pool.refs[seq.table[index]] += 1
+        pool.writers[seq.table[index]] += writer and index == seq.blocks - 1
+
+
+cdef status_t may_copy(pool_t *pool, const wish_t *wish) noexcept nogil:
+    """Whether so many copies can be made now, all of them."""
+    if wish.copies == 0:
         return OK
-    pool.wanted = shared
-    pool.unclaimed = min(pool.space.blocks.free_blocks, pool.budget - held_blocks(pool) - pool.claims + given_back)
-    if over_budget(pool, shared - given_back):
-        return NO_ROOM
-    status = find_room(pool, shared)
-    if status == OK and not patient:
-        status = BUSY
-    if status == OK and plan_reserve(&pool.space.plan, shared):
-        status = NO_MEMORY
-    return copy_shared(pool, who, first, last, shared) if status == OK else status
+    pool.wanted = wish.copies
+    pool.unclaimed = min(pool.space.blocks.free_blocks,
+                         pool.budget - held_blocks(pool) - pool.claims + wish.unclaimed)
+    return NO_ROOM if over_budget(pool, wish.copies - wish.unclaimed) else find_room(pool, wish.copies)
+
+
+cdef status_t own_blocks(pool_t *pool, int32_t who, int64_t first, int64_t last, bint patient) noexcept nogil:
+    """Paged: copies those of a sequence's blocks [first, last) that others hold too."""
+    cdef wish_t wish = wish_t(copies=0, unclaimed=0)
+    cdef status_t status
+    wish_copies(pool, who, first, last, &wish)
+    unwish_copies(pool, who, first, last)
+    status = may_copy(pool, &wish)
+    if wish.copies == 0 or status != OK:
+        return status
+    if not patient:
+        return BUSY
+    if plan_reserve(&pool.space.plan, wish.copies):
+        return NO_MEMORY
+    return copy_shared(pool, who, first, last, wish.copies)
 
 
 cdef status_t copy_shared(pool_t *pool, int32_t who, int64_t first, int64_t last, int64_t shared) noexcept nogil:

@@ -7,7 +7,16 @@ from kvcache._copy cimport Copier, Sources, copier_write
 from kvcache._lock cimport kv_lock_runs_python
 from kvcache._moves cimport span_t
 from kvcache._pool cimport MOVE_FAILED, NO_MEMORY, OK, ceil_div, pool_t, slot_of, spans_t, status_t
-from kvcache._sharing cimport own_blocks
+from kvcache._sharing cimport own_blocks, unwish_copies, wish_copies, wish_t
+
+
+cdef void wish_write(pool_t *pool, int32_t who, int64_t start, int64_t count, wish_t *wish) noexcept nogil:
+    """Paged: what `wish_copies` does, for the blocks beneath positions [start, start + count)."""
+    wish_copies(pool, who, start // pool.space.block_size, ceil_div(start + count, pool.space.block_size), wish)
+
+
+cdef void unwish_write(pool_t *pool, int32_t who, int64_t start, int64_t count) noexcept nogil:
+    unwish_copies(pool, who, start // pool.space.block_size, ceil_div(start + count, pool.space.block_size))
 
 
 cdef status_t own_and_span(pool_t *pool, spans_t *spans, int32_t who, int64_t start, int64_t count,
