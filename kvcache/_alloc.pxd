@@ -18,9 +18,25 @@ from kvcache._calls cimport (
     pool_slots,
     pool_truncate,
 )
-from kvcache._copy cimport Copier, Sources
+from kvcache._copy cimport Copier, Sources, plane_t
 from kvcache._runs cimport BlockAllocator, BlockRun
-from kvcache._pool cimport handle_t, pool_t, status_t
+from kvcache._pool cimport (
+    BELOW_USED,
+    BUSY,
+    CLOSED,
+    GONE,
+    HELD,
+    MOVE_FAILED,
+    NO_MEMORY,
+    NO_ROOM,
+    NOT_HELD,
+    OK,
+    PAST_LIMIT,
+    STALE,
+    handle_t,
+    pool_t,
+    status_t,
+)
 
 
 cdef class Allocation:

@@ -23,25 +23,7 @@ from kvcache._lock cimport (
     kv_lock_try,
 )
 from kvcache._runs cimport block_map_text, fragmentation_of
-from kvcache._pool cimport (
-    BELOW_USED,
-    BUSY,
-    CLOSED,
-    GONE,
-    HELD,
-    MOVE_FAILED,
-    NO_MEMORY,
-    NO_ROOM,
-    OK,
-    PAST_LIMIT,
-    STALE,
-    ceil_div,
-    is_live,
-    place_of,
-    pool_destroy,
-    pool_init,
-    slot_of,
-)
+from kvcache._pool cimport ceil_div, is_live, place_of, pool_destroy, pool_init, slot_of
 from kvcache._sequences cimport (
     admit,
     append,
@@ -605,7 +587,8 @@ cdef class CacheCore:
                     break
             pool_unlock(&self.pool)
         if status == GONE:
-            raise ValueError(f"{sources.rows} rows from position {start} on do not fit into {tokens} used tokens")
+            begin = tokens - sources.rows if start is None else start
+            raise ValueError(f"{sources.rows} rows from position {begin} on, the sequence has {tokens} tokens")
         if not self.answer(status, request_id):
             raise CacheFull(blocks_needed=self.pool.wanted, blocks_available=self.pool.unclaimed)
 

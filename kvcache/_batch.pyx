@@ -91,7 +91,10 @@ cdef int check_tokens(object tokens, int64_t asked, int64_t members) except -1:
 
 
 cdef class BatchCore:
-    """The bookkeeping of a batch; see `kvcache.DecodeBatch`."""
+    """BatchCore(cache, request_ids=())\n--\n
+
+    The bookkeeping of a batch; see `DecodeBatch`.
+    """
 
     def __init__(self, CacheCore cache not None, request_ids=()):
         self.cache = cache

@@ -140,7 +140,7 @@ cdef class BlockAllocator:
         if live:
             return 0
         kv_unlock(&self.lock)
-        raise InvalidFree(start=run.start, length=run.length, reason="is not a live run of this pool")
+        raise InvalidFree(start=run.start, length=run.length, reason="it is not a live run of this pool")
 
     def extend(self, BlockRun run not None, n):
         """The run with `n` more blocks, in place, or None where they are not free. Afterwards only the new run is live.

@@ -18,6 +18,10 @@ def _restore(cls, args, attributes):
     return error
 
 
+def _counted(number, noun):
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def _named(request_id):
     """`repr` of a request id, whatever its own `__repr__` does, in at most 200 characters."""
     try:
@@ -41,8 +45,8 @@ class RequestTooLarge(KVCacheError, ValueError):
     """
 
     def __init__(self, *, what, tokens, blocks_needed, num_blocks):
-        size = f"{what} of {tokens}" if what == "max_tokens" else f"{what} of {tokens} tokens"
-        super().__init__(f"{size} needs {blocks_needed} blocks, the arena has {num_blocks}")
+        size = f"{what} of {tokens}" if what == "max_tokens" else f"{what} of {_counted(tokens, 'token')}"
+        super().__init__(f"{size} needs {_counted(blocks_needed, 'block')}, the arena has {num_blocks}")
         self.what = what
         self.tokens = tokens
         self.blocks_needed = blocks_needed
@@ -90,7 +94,7 @@ class InvalidFree(KVCacheError, ValueError):
     """
 
     def __init__(self, *, start, length, reason):
-        super().__init__(f"run of {length} blocks from block {start} is refused: {reason}")
+        super().__init__(f"run of {_counted(length, 'block')} from block {start} is refused: {reason}")
         self.start = start
         self.length = length
         self.reason = reason
@@ -106,7 +110,9 @@ class CacheFull(KVCacheError):
     """
 
     def __init__(self, *, blocks_needed, blocks_available):
-        super().__init__(f"the call needs {blocks_needed} more blocks, {blocks_available} are available")
+        super().__init__(
+            f"the call needs {_counted(blocks_needed, 'more block')}, {blocks_available} available"
+        )
         self.blocks_needed = blocks_needed
         self.blocks_available = blocks_available
 
@@ -128,5 +134,5 @@ class CacheHeld(KVCacheError):
     """
 
     def __init__(self, *, holds):
-        super().__init__(f"the call would wait for {holds} open holds, and this thread has one of them")
+        super().__init__(f"the call would wait for {_counted(holds, 'open hold')}, and this thread has one")
         self.holds = holds

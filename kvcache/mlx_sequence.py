@@ -201,7 +201,7 @@ class LayerCache:
 
     @property
     def state(self):
-        """``(keys, values, offset)`` as of mlx-lm's own `KVCache`; setting it writes K and V to the arena."""
+        """``(keys, values, offset)`` as of mlx-lm's own ``KVCache``; setting it writes K and V to the arena."""
         return self.keys, self.values, self.offset
 
     @state.setter

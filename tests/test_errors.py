@@ -28,10 +28,10 @@ CASES = [
     (
         errors.CacheFull,
         {"blocks_needed": 2, "blocks_available": 1},
-        "the call needs 2 more blocks, 1 are available",
+        "the call needs 2 more blocks, 1 available",
     ),
     (errors.CacheClosed, {}, "the cache is closed"),
-    (errors.CacheHeld, {"holds": 2}, "the call would wait for 2 open holds, and this thread has one of them"),
+    (errors.CacheHeld, {"holds": 2}, "the call would wait for 2 open holds, and this thread has one"),
 ]
 BUILTIN = {
     errors.RequestTooLarge: ValueError,
