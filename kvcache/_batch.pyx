@@ -16,7 +16,7 @@ from kvcache._calls cimport wait_for_holds
 from kvcache._copy cimport Copier, Sources
 from kvcache._ids cimport as_count, as_tokens
 from kvcache._lock cimport kv_lock
-from kvcache._placement cimport hot_t
+from kvcache._placement cimport hot_t, seq_t
 from kvcache._pool cimport (
     BUSY,
     GONE,
@@ -368,12 +368,16 @@ cdef class BatchCore:
 
     cdef status_t append_one(self, int64_t index, int64_t count, unsigned char *got) noexcept nogil:
         cdef pool_t *pool = &self.cache.pool
+        cdef const seq_t *seq
         cdef status_t status = append(pool, place_of(self.handles[index]), count, False)
         if status == BUSY:  # looked for before the first move, since a move is not taken back
             self.all_live = self.all_live or self.dead_member() < 0
             status = append(pool, place_of(self.handles[index]), count, True) if self.all_live else STALE
-        self.touched[self.num_touched] = <int32_t>index
-        self.num_touched += 1
+        seq = &pool.space.seqs[<uint32_t>self.handles[index]]
+        if ((self.start[index] >= 0) != (seq.breaks == 0)  # not so for what only grew by the blocks after its last one
+                or seq.version != self.versions[index]):
+            self.touched[self.num_touched] = <int32_t>index
+            self.num_touched += 1
         if status == NO_ROOM or status == PAST_LIMIT:
             got[index] = 0
             return OK
