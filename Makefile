@@ -44,7 +44,7 @@ docs: $(VENV)/.docs
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/cython-lint kvcache tests
+	PATH="$(BIN):$$PATH" $(BIN)/cython-lint kvcache tests bench
 	$(BIN)/python .ci/hints.py
 	cd $(VENV) && bin/python $(ROOT)/.ci/stubs.py
 
