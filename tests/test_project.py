@@ -27,7 +27,10 @@ def sources():
     return sorted(
         path
         for path in found
-        if path.is_file() and path.suffix in TEXT and not BUILT & set(path.relative_to(ROOT).parts)
+        if path.is_file()
+        and path.suffix in TEXT
+        and path.name != "PKG-INFO"
+        and not BUILT & set(path.relative_to(ROOT).parts)
     )
 
 
