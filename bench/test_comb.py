@@ -13,7 +13,7 @@ LIMITS = {
     ("paged", 65_536): 600,
     ("paged", 2**20): 1_200,
 }
-ROUNDS, EACH = 60, 16
+ROUNDS, EACH = 120, 16
 
 
 @pytest.mark.parametrize("name", ["turn", "call"])
