@@ -47,6 +47,26 @@ from kvcache.errors import (
     UnknownSequence,
 )
 
+cdef extern from *:
+    """
+    /* dict.get that never borrows: without a GIL another thread may let go of the value at any time. */
+    static inline PyObject *kv_find_in(PyObject *dict, PyObject *key)
+    {
+    #if PY_VERSION_HEX >= 0x030D0000
+        PyObject *value;
+        if (PyDict_GetItemRef(dict, key, &value) < 0)
+            return NULL;
+    #else
+        PyObject *value = PyDict_GetItemWithError(dict, key);
+        if (!value && PyErr_Occurred())
+            return NULL;
+        Py_XINCREF(value);
+    #endif
+        return value ? value : Py_NewRef(Py_None);
+    }
+    """
+    object find_in "kv_find_in" (dict where, object key)
+
 
 # ---- sequences
 
@@ -159,7 +179,7 @@ cdef class CacheCore:
     cdef Allocation find(self, object request_id):
         if not self.opened:
             raise KVCacheError("KVCache.__init__ has not been called")
-        found = self.ids.get(request_id)
+        found = find_in(self.ids, request_id)
         if found is None:
             if self.pool.closed:
                 raise CacheClosed()
