@@ -373,8 +373,7 @@ cdef class CacheCore:
         return self.enter(record)
 
     def free_for(self, request_id):
-        """Ends a sequence: True if it was live, False if unknown, so that a second free is safe.
-        """
+        """Ends a sequence: True if it was live, False if unknown, so that a second free is safe."""
         if not self.opened:
             return False
         found = self.ids.pop(request_id, None)
@@ -415,8 +414,7 @@ cdef class CacheCore:
         return self.answer(status, found.request_id)
 
     def append_tokens(self, request_id, tokens):
-        """Room for several tokens, all or none: `tokens` is a count or token ids. No tokens at all: True.
-        """
+        """Room for several tokens, all or none: `tokens` is a count or token ids. No tokens at all: True."""
         cdef Allocation found = self.find(request_id)
         cdef int64_t count
         if is_count(tokens):
@@ -504,61 +502,60 @@ cdef class CacheCore:
         self.answer(STALE, found.request_id)
 
     def used_tokens(self, request_id):
-        """Tokens of the sequence.
-        """
+        """Tokens of the sequence."""
         cdef int who = self.live(self.find(request_id))
         cdef int64_t tokens = self.pool.space.hot[who].tokens
         pool_unlock(&self.pool)
         return tokens
 
     def token_offset_in_block(self, request_id):
-        """Where in its block the next token goes: ``used_tokens % block_size``.
-        """
+        """Where in its block the next token goes: ``used_tokens % block_size``."""
         return self.used_tokens(request_id) % self.pool.space.block_size
 
     def limit(self, request_id):
-        """Tokens that the sequence may have in total.
-        """
+        """Tokens that the sequence may have in total."""
         cdef int who = self.live(self.find(request_id))
         cdef int64_t limit = self.pool.space.seqs[who].limit
         pool_unlock(&self.pool)
         return limit
 
     def capacity(self, request_id):
-        """Tokens that the blocks held now have room for.
-        """
+        """Tokens that the blocks held now have room for."""
         cdef int who = self.live(self.find(request_id))
         cdef int64_t blocks = self.pool.space.seqs[who].blocks
         pool_unlock(&self.pool)
         return blocks * self.pool.space.block_size
 
     def is_contiguous(self, request_id):
-        """Whether the sequence's blocks are one run, so that its views copy nothing. An empty sequence is.
-        """
+        """Whether the sequence's blocks are one run, so that its views copy nothing. An empty sequence is."""
         cdef int who = self.live(self.find(request_id))
         cdef bint scattered = self.pool.paged and self.pool.space.seqs[who].breaks > 0
         pool_unlock(&self.pool)
         return not scattered
 
     def block_table(self, request_id):
-        """Block ids in token order, a new int32 array.
-        """
+        """Block ids in token order, a new int32 array."""
+        return self._table(request_id)[0]
+
+    def _table(self, request_id):
+        """Block table and used tokens, from one state."""
         cdef Allocation found = self.find(request_id)
         cdef int64_t room = self.capacity(request_id) // self.pool.space.block_size
         cdef int32_t[::1] out
-        cdef int64_t index, blocks
+        cdef int64_t index, blocks, tokens
         cdef int who
         while True:
             table = np.empty(room, np.int32)
             out = table
             who = self.live(found)
             blocks = self.pool.space.seqs[who].blocks
+            tokens = self.pool.space.hot[who].tokens
             for index in range(min(blocks, room)):
                 out[index] = <int32_t>(slot_of(&self.pool, who, index * self.pool.space.block_size)
                                        // self.pool.space.block_size)
             pool_unlock(&self.pool)
             if blocks <= room:
-                return table[:blocks]
+                return table[:blocks], tokens
             room = blocks  # it grew meanwhile
 
     def _locate(self, request_id):
@@ -720,8 +717,7 @@ cdef class CacheCore:
         return self.free_blocks == 0
 
     def dump_block_map(self, file=None, width=64):
-        """Writes the numbers and a map of the blocks, `width` to a row, to `file` (standard output by default).
-        """
+        """Writes the numbers and a map of the blocks, `width` to a row, to `file` (standard output by default)."""
         cdef int64_t columns = as_count(width, "width", 1)
         self.known()
         self.lock_pool()

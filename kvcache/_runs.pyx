@@ -215,8 +215,7 @@ cdef class BlockAllocator:
         return fragmentation_of(longest, there)
 
     def dump_block_map(self, file=None, width=64):
-        """Writes the numbers and a map of the blocks, `width` to a row, to `file` (standard output by default).
-        """
+        """Writes the numbers and a map of the blocks, `width` to a row, to `file` (standard output by default)."""
         cdef int64_t columns = as_count(width, "width", 1)
         self.take_lock()
         cdef int64_t there = self.blocks.free_blocks

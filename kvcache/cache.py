@@ -169,7 +169,7 @@ class KVCache(CacheCore):
                 raise ValueError(
                     f"{request_id!r} is scattered over several runs of blocks: a view of it is a copy"
                 )
-            table = self.block_table(request_id)
+            table, tokens = self._table(request_id)
             return tuple([arena.gather(layer, index, table, tokens) for index in indices])
         if copy:
             return tuple([arena.copy_of(layer, index, slot, tokens) for index in indices])

@@ -1,3 +1,4 @@
+# cython: freethreading_compatible=True
 """A native decode loop: room, slots and bytes, without the GIL. Shown in the manual."""
 
 from libc.stdint cimport int32_t, int64_t

@@ -1,3 +1,4 @@
+# cython: freethreading_compatible=True
 """A native engine: it cimports the allocator and works on it from OS threads of its own, without the GIL."""
 
 from libc.stdint cimport int32_t, int64_t
