@@ -11,6 +11,7 @@ from pathlib import Path
 import kvcache
 
 NATIVE = Path(__file__).parent / "native"
+DIRECTIVES = ["-X", "freethreading_compatible=True"]  # importing it must not bring the GIL back
 
 
 def compiled(name, folder):
@@ -22,7 +23,16 @@ def compiled(name, folder):
         "PYTHONPATH": str(package.parent),
         "CFLAGS": f"{os.environ.get('CFLAGS', '')} -I{package}".strip(),
     }
-    command = [sys.executable, "-m", "Cython.Build.Cythonize", "-3", "--inplace", "--quiet", str(source)]
+    command = [
+        sys.executable,
+        "-m",
+        "Cython.Build.Cythonize",
+        "-3",
+        "--inplace",
+        "--quiet",
+        *DIRECTIVES,
+        str(source),
+    ]
     done = subprocess.run(
         command, cwd=folder, env={**os.environ, **paths}, capture_output=True, text=True, check=False
     )

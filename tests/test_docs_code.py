@@ -102,6 +102,7 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     run_page(blocks, page)
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("mlx_lm"), reason="the demo needs mlx_lm")
 @pytest.mark.parametrize("command", commands())
 def test_a_command_of_the_docs_succeeds(command, tmp_path):
     script = "import sys; from kvcache.cli import main; sys.argv[0] = 'kvcache'; sys.exit(main())"
