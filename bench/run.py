@@ -3,12 +3,11 @@
     python bench/run.py [--update] [arguments for pytest, such as -k append]
 
 A benchmark that seems too slow is measured again, up to three times: a neighbour's load passes, a slower
-program stays. With `--update` everything is run three times, each benchmark's median becomes the baseline,
-and the tables of docs/performance.md are written from it.
+program stays. With `--update` everything is run three times, the quietest of the three is each benchmark's
+baseline, and the tables of docs/performance.md are written from it. Choose a quiet hour for that.
 """
 
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -56,13 +55,9 @@ def again(arguments, rows, baseline):
                 rows[name] = row
 
 
-def middle(runs):
-    """Of several runs, each benchmark's row with the median of its floors."""
-    rows = {}
-    for name in runs[0]:
-        units = statistics.median_low([run[name]["units"] for run in runs])
-        rows[name] = next(run[name] for run in runs if run[name]["units"] == units)
-    return rows
+def quietest(runs):
+    """Of several runs, each benchmark's row from the one in which its median was least."""
+    return {name: min([run[name] for run in runs], key=lambda row: row["median_ns"]) for name in runs[0]}
 
 
 def main():
@@ -71,7 +66,7 @@ def main():
         if arguments:
             sys.exit("the baseline is of all benchmarks: --update goes without other arguments")
         found = [run([], [str(HERE)]) for _ in range(TRIES)]
-        rows, machine = middle([rows for rows, _ in found]), found[0][1]
+        rows, machine = quietest([rows for rows, _ in found]), found[0][1]
         compare.show(rows, compare.read_baseline())
         compare.write_baseline(rows, machine)
         return tables.main()
