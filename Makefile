@@ -79,7 +79,7 @@ unpacked = rm -rf $(1) && mkdir -p $(1) && tar xzf $(DIST)/*.tar.gz -C $(1) --st
 coverage: $(VENV)/.test
 	$(call unpacked,build/coverage)
 	cd build/coverage && KVCACHE_TRACE=1 $(BIN)/python setup.py -q build_ext --inplace
-	cd build/coverage && $(BIN)/python -m pytest --cov --cov-report=term --cov-report=html:html $(TESTS) $(ARGS)
+	cd build/coverage && KVCACHE_TRACE=1 $(BIN)/python -m pytest --cov --cov-report=term --cov-report=html:html $(TESTS) $(ARGS)
 
 sanitize: $(VENV)/.test
 	$(call unpacked,build/sanitize)
