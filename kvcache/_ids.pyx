@@ -65,7 +65,7 @@ cdef object tokens_of_sequence(object ids):
     cdef int32_t[::1] out
     cdef int64_t position
     try:
-        items = ids if isinstance(ids, (list, tuple)) else list(ids)
+        items = tuple(ids)  # the caller's own list may change while an id is read as an int
     except TypeError:
         raise TypeError(f"a number of tokens or token ids expected, not {type(ids).__name__}") from None
     tokens = np.empty(len(items), np.int32)

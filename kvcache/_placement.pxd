@@ -19,7 +19,7 @@ ctypedef struct seq_t:
     int32_t *table         # paged: block ids in token order, [blocks] of [capacity]
     int32_t capacity       # entries that the table has room for
     int32_t breaks         # paged: places where the next block is not the one after
-    uint32_t version       # changes when a token of it comes to another slot, or is cut
+    uint32_t version       # changes when a token comes to another slot or is cut, and when the run begins or ends
     int32_t next_vacant    # while the sequence does not live: the next vacant place, NOWHERE for none
 
 ctypedef struct plan_t:    # a placement that may need moves first; filled by the place_ functions

@@ -238,6 +238,7 @@ cdef status_t grow_run(pool_t *pool, int32_t who, int64_t more, bint patient) no
         if status != OK:
             return status
         take_new_run(pool, who, more)
+        seq.version += 1
     else:
         if room_after(&pool.space, seq) < more:
             status = may_move(pool, patient)
@@ -258,6 +259,7 @@ cdef status_t grow_run(pool_t *pool, int32_t who, int64_t more, bint patient) no
 cdef status_t grow_paged(pool_t *pool, int32_t who, int64_t more, bint patient) noexcept nogil:
     cdef seq_t *seq = &pool.space.seqs[who]
     cdef bint copy = tail_is_shared(pool, who)
+    cdef int32_t breaks = seq.breaks
     cdef status_t status = find_room(pool, more + copy)
     if status != OK:
         return status
@@ -268,6 +270,8 @@ cdef status_t grow_paged(pool_t *pool, int32_t who, int64_t more, bint patient) 
         if status != OK:
             return status
     take_blocks(pool, who, more)
+    if seq.breaks != breaks or seq.blocks == more:  # it is no longer one run, or has its first block
+        seq.version += 1
     pool.claims -= more
     refresh(pool, who)
     note_peak(pool)

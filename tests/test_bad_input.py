@@ -429,3 +429,13 @@ def test_no_warning_is_raised_on_the_way(make_cache):
         cache.allocate_for("a", np.int8(3))
         cache.append_tokens("a", np.uint64(1))
         assert sys.getrefcount(cache) < 10
+
+
+def test_a_prompt_that_shrinks_while_it_is_read_is_taken_as_it_was(make_cache):
+    class Shrinking:
+        def __index__(self):
+            prompt.clear()
+            return 7
+
+    prompt = [Shrinking(), *range(1, 30)]
+    assert make_cache().allocate_for("a", prompt).tokens == 30

@@ -687,3 +687,22 @@ def test_a_thousand_steps_leave_the_arrays_where_they_were(make_cache):
     for number in range(4):
         assert cache.get_k_view(number, 0)[1, 3:, 2].tolist() == list(range(1000))
         assert cache.get_v_view(number, 0)[1, 3:, 2].tolist() == [-step for step in range(1000)]
+
+
+@pytest.mark.parametrize("placement", ["contiguous", "paged"])
+def test_starts_follow_what_other_calls_did_before_a_step_that_only_counts(make_cache, placement):
+    cache = make_cache(1, 2, 4, 64, 4, placement=placement)
+    cache.allocate_for("a", 4, max_tokens=16)
+    cache.allocate_for("b", 4)
+    cache.allocate_for("c", 1, max_tokens=16)
+    batch = cache.batch(["a", "c"])
+    cache.truncate("c", 0)
+    batch.truncate(0)
+    assert batch.starts[1] == -1
+    cache.append_token("a")  # a new block, in paged placement behind that of "b"
+    cache.append_token("c")
+    assert batch.append().tolist() == [True, True]
+    for index, name in enumerate("ac"):
+        table = cache.block_table(name)
+        scattered = not cache.is_contiguous(name)
+        assert batch.starts[index] == (-1 if scattered else table[0] * 4)
