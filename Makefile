@@ -84,7 +84,8 @@ coverage: $(VENV)/.test
 sanitize: $(VENV)/.test
 	$(call unpacked,build/sanitize)
 	cd build/sanitize && KVCACHE_SANITIZE=1 $(BIN)/python setup.py -q build_ext --inplace
-	cd build/sanitize && LD_PRELOAD=$$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 		$(BIN)/python -m pytest $(TESTS) $(ARGS)
 
 dist-check: $(DIST)/.made
