@@ -58,8 +58,9 @@ cdef inline int32_t *ints_of(object array) except? NULL:
 cdef void keep_ints(int32_t *into, const int32_t *before, int64_t kept, int64_t removed) noexcept nogil:
     """The first `kept` entries, after one of them was taken out (-1: none was)."""
     cdef int64_t head = kept if removed < 0 else removed
-    memcpy(into, before, head * sizeof(int32_t))
-    memcpy(&into[head], &before[head + 1], (kept - head) * sizeof(int32_t))
+    if kept:  # else there may be no entries to point at
+        memcpy(into, before, head * sizeof(int32_t))
+        memcpy(&into[head], &before[head + 1], (kept - head) * sizeof(int32_t))
 
 
 cdef object counts_array(object counts, int64_t size):
