@@ -21,6 +21,7 @@ from kvcache._calls cimport (
 from kvcache._copy cimport Copier, Sources, plane_t
 from kvcache._runs cimport BlockAllocator, BlockRun
 from kvcache._pool cimport (
+    BAD_COUNT,
     BELOW_USED,
     BUSY,
     CLOSED,
@@ -45,6 +46,7 @@ cdef class Allocation:
     cdef readonly int64_t max_tokens
     cdef readonly int64_t cached_tokens
     cdef handle_t handle
+    cdef bint made
 
 
 cdef class CacheCore:

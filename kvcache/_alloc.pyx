@@ -1,7 +1,7 @@
 """The door of the native rooms: converts, checks, calls one function without the GIL, translates its status.
 
-Nothing that could run Python happens under the allocator's lock, except in `check` and dumps, which say so to the
-lock; and nobody waits for the lock while holding the GIL.
+Nothing that could run Python happens under the allocator's lock, except in `check` and where an
+arena has to, which say so to the lock; and nobody waits for the lock while holding the GIL.
 """
 
 import sys
@@ -9,9 +9,10 @@ import sys
 import cython
 import numpy as np
 
-from libc.stdint cimport INT32_MAX, INT64_MAX, int32_t, int64_t
+from cpython.bytearray cimport PyByteArray_AS_STRING
+from libc.stdint cimport INT64_MAX, int32_t, int64_t
 
-from kvcache._blocks cimport block_map, largest_free_run
+from kvcache._blocks cimport draw_blocks, largest_free_run
 from kvcache._calls cimport wait_for_holds
 from kvcache._check cimport check_pool
 from kvcache._copy cimport copier_move
@@ -89,8 +90,9 @@ cdef class Allocation:
     """
 
     def __init__(self, request_id, tokens, max_tokens, cached_tokens):
-        if self.max_tokens:
+        if self.made:
             raise TypeError("an Allocation does not change")
+        self.made = True
         self.request_id = request_id
         self.tokens = tokens
         self.max_tokens = max_tokens
@@ -117,6 +119,7 @@ cdef class Allocation:
 
 cdef Allocation new_record(object request_id, int64_t tokens, int64_t limit):
     cdef Allocation record = Allocation.__new__(Allocation)
+    record.made = True
     record.request_id = request_id
     record.tokens, record.max_tokens, record.cached_tokens = tokens, limit, 0
     return record
@@ -145,6 +148,9 @@ cdef class Hold:
 
     def __exit__(self, *exception):
         cdef status_t status
+        if kv_lock_is_mine(&self.cache.pool.lock):  # a finalizer leaves it: done before this thread unlocks
+            self.cache.pool.deferred_releases += 1
+            return
         with nogil:
             status = pool_release(&self.cache.pool)
         if status != OK:
@@ -162,10 +168,11 @@ cdef class CacheCore:
         budget = <double>overcommit * <double>num_blocks
         self.ids = {}
         self.arena_tokens = <int64_t>num_blocks * <int64_t>block_size
-        self.opened = True
         if pool_init(&self.pool, num_blocks, block_size, paged,
                      INT64_MAX >> 1 if budget >= 4e18 else <int64_t>(budget + 1e-9), num_marks):
+            pool_destroy(&self.pool)
             raise MemoryError(f"no memory for the bookkeeping of {num_blocks} blocks")
+        self.opened = True
         if copier is not None:
             self.copier = copier
             self.pool.move, self.pool.arena = copier_move, <void *>self.copier
@@ -219,7 +226,7 @@ cdef class CacheCore:
             raise MemoryError("no memory for the bookkeeping; nothing has changed")
         if status == MOVE_FAILED:
             error, self.copier.error = self.copier.error, None
-            raise error
+            raise KVCacheError("the arena could not move or write") if error is None else error
         raise KVCacheError(f"unexpected status {status}")
 
     cdef Allocation enter(self, Allocation record):
@@ -379,7 +386,11 @@ cdef class CacheCore:
         found = self.ids.pop(request_id, None)
         if found is None:
             return False
-        self.free_handle((<Allocation>found).handle)
+        try:
+            self.free_handle((<Allocation>found).handle)
+        except MemoryError:  # nothing has been given back
+            self.ids.setdefault(request_id, found)
+            raise
         return True
 
     # -- growth
@@ -480,10 +491,8 @@ cdef class CacheCore:
         """
         cdef Allocation found = self.find(request_id)
         cdef handle_t handle = found.handle
-        cdef int64_t tokens = INT32_MAX if num_tokens is None else as_count(num_tokens, "num_tokens", 0)
+        cdef int64_t tokens = -1 if num_tokens is None else as_count(num_tokens, "num_tokens", 0)  # -1: all
         cdef status_t status
-        if num_tokens is None:
-            tokens = self.used_tokens(request_id)
         self.before_waiting()
         with nogil:
             status = pool_commit(&self.pool, handle, tokens)
@@ -687,7 +696,7 @@ cdef class CacheCore:
         return self.pool.closed
 
     def _counters(self):
-        """The pool's numbers, taken under the lock, as a tuple in the order of `cache.Stats`."""
+        """The pool's numbers, taken under the lock, as a tuple in the order of `CacheStats.of`."""
         cdef int64_t live, there, longest, claims, peak, moves, moved, copied
         self.known()
         self.lock_pool()
@@ -720,16 +729,13 @@ cdef class CacheCore:
         """Writes the numbers and a map of the blocks, `width` to a row, to `file` (standard output by default)."""
         cdef int64_t columns = as_count(width, "width", 1)
         self.known()
+        cdef bytearray cells = bytearray(self.pool.space.blocks.num_blocks)
         self.lock_pool()
-        kv_lock_runs_python(&self.pool.lock, True)
-        try:
-            text = block_map_text(self.pool.space.blocks.num_blocks, self.pool.space.blocks.free_blocks,
-                                  largest_free_run(&self.pool.space.blocks),
-                                  block_map(&self.pool.space.blocks, columns))
-        finally:
-            kv_lock_runs_python(&self.pool.lock, False)
-            pool_unlock(&self.pool)
-        print(text, file=sys.stdout if file is None else file)
+        cdef int64_t there = self.pool.space.blocks.free_blocks
+        cdef int64_t longest = largest_free_run(&self.pool.space.blocks)
+        draw_blocks(&self.pool.space.blocks, PyByteArray_AS_STRING(cells))
+        pool_unlock(&self.pool)
+        print(block_map_text(cells, columns, there, longest), file=sys.stdout if file is None else file)
 
     def check(self):
         """Walks every structure.
@@ -744,11 +750,12 @@ cdef class CacheCore:
         kv_lock_runs_python(&self.pool.lock, True)
         try:
             wrong = check_pool(&self.pool)
-            for request_id, record in list(self.ids.items()):
-                if wrong is None and not is_live(&self.pool, (<Allocation>record).handle):
-                    wrong = f"{request_id!r} is known, its sequence does not live"
+            records = list(self.ids.values())
+            dead = [record for record in records if not is_live(&self.pool, (<Allocation>record).handle)]
         finally:
             kv_lock_runs_python(&self.pool.lock, False)
             pool_unlock(&self.pool)
+        if wrong is None and dead:
+            wrong = f"{dead[0].request_id!r} is known, its sequence does not live"
         if wrong is not None:
             raise KVCacheError(wrong)

@@ -54,6 +54,6 @@ cdef void take_block(blocks_t *blocks, int64_t block) noexcept nogil
 cdef void give_block(blocks_t *blocks, int64_t block) noexcept nogil
 
 cdef int64_t largest_free_run(const blocks_t *blocks) noexcept nogil
-cdef int64_t used_run_end(const blocks_t *blocks, int64_t start) noexcept nogil
+cdef int64_t next_free(const blocks_t *blocks, int64_t start) noexcept nogil
 cdef str check_blocks(const blocks_t *blocks)
-cdef str block_map(const blocks_t *blocks, int64_t width)
+cdef void draw_blocks(const blocks_t *blocks, char *cells) noexcept nogil

@@ -260,7 +260,7 @@ cdef int64_t longest_run_of_bits(const blocks_t *blocks) noexcept nogil:
     return max(longest, running)
 
 
-cdef int64_t used_run_end(const blocks_t *blocks, int64_t start) noexcept nogil:
+cdef int64_t next_free(const blocks_t *blocks, int64_t start) noexcept nogil:
     """The first free block at or after `start`, or num_blocks."""
     cdef int64_t word = start >> 6
     cdef uint64_t bits
@@ -275,7 +275,7 @@ cdef int64_t used_run_end(const blocks_t *blocks, int64_t start) noexcept nogil:
     return (word << 6) + kv_ctz(bits)
 
 
-cdef int64_t free_run_end(const blocks_t *blocks, int64_t start) noexcept nogil:
+cdef int64_t next_used(const blocks_t *blocks, int64_t start) noexcept nogil:
     """The first used block at or after `start`, or num_blocks."""
     cdef int64_t word = start >> 6
     cdef uint64_t bits = ~blocks.words[word] & (ALL << (start & 63))
@@ -306,15 +306,15 @@ cdef str check_blocks(const blocks_t *blocks):
 
 
 cdef str check_gaps(const blocks_t *blocks):
-    cdef int64_t start = used_run_end(blocks, 0), end, gaps = 0, listed = 0
+    cdef int64_t start = next_free(blocks, 0), end, gaps = 0, listed = 0
     cdef int32_t kind, gap, before
     while start < blocks.num_blocks:
-        end = free_run_end(blocks, start)
+        end = next_used(blocks, start)
         if blocks.cells[start].length != end - start or blocks.cells[end - 1].length != end - start:
             return (f"gap [{start}, {end}) has {end - start} blocks, its ends say "
                     f"{blocks.cells[start].length} and {blocks.cells[end - 1].length}")
         gaps += 1
-        start = used_run_end(blocks, end)
+        start = next_free(blocks, end)
     for kind in range(NUM_CLASSES):
         if ((blocks.classes[kind >> 6] >> (kind & 63)) & 1) != (blocks.heads[kind] != NOWHERE):
             return f"class {kind} of gaps and its bit disagree"
@@ -331,13 +331,8 @@ cdef str check_gaps(const blocks_t *blocks):
     return None if listed == gaps else f"index lists {listed} gaps, the bitmap has {gaps}"
 
 
-cdef str block_map(const blocks_t *blocks, int64_t width):
-    """Rows of `width` blocks, `.` free, `X` used."""
+cdef void draw_blocks(const blocks_t *blocks, char *cells) noexcept nogil:
+    """One character a block, `.` free, `X` used; `cells` has room for all."""
     cdef int64_t block
-    cdef bytearray cells = bytearray(b"X") * blocks.num_blocks
-    cdef unsigned char[::1] cell = cells
     for block in range(blocks.num_blocks):
-        if block_is_free(blocks, block):
-            cell[block] = c"."
-    text = cells.decode("ascii")
-    return "\n".join([text[row : row + width] for row in range(0, blocks.num_blocks, width)])
+        cells[block] = c"." if block_is_free(blocks, block) else c"X"

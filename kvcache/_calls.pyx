@@ -1,45 +1,49 @@
 """Whole calls: take the lock, decide, wait where a hold is in the way. From any thread, without the GIL."""
 
-from libc.stdint cimport int32_t, int64_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t
 from libc.stdlib cimport realloc
 
 from kvcache._lock cimport kv_lock, kv_lock_wait, kv_lock_wake, kv_thread
 from kvcache._pool cimport (
+    BAD_COUNT,
     BELOW_USED,
     CLOSED,
     GONE,
     HELD,
     NO_MEMORY,
-    NOT_HELD,
     OK,
     STALE,
-    end_of_holds,
+    arena_tokens,
     handle_t,
     holder_t,
     is_live,
+    my_hold,
     place_of,
     pool_t,
+    release_mine,
     slot_of,
     status_t,
 )
-from kvcache._sequences cimport admit, append, change_limit, cut, pool_unlock, raise_marks, retire, split
+from kvcache._sequences cimport (
+    admit,
+    append,
+    change_limit,
+    cut,
+    do_deferred,
+    pool_unlock,
+    raise_marks,
+    retire,
+    split,
+)
 
 
 # ---- holds
-
-cdef holder_t *my_hold(pool_t *pool) noexcept nogil:
-    cdef uintptr_t me = kv_thread()
-    cdef int64_t index
-    for index in range(pool.num_holders):
-        if pool.holders[index].thread == me:
-            return &pool.holders[index]
-    return NULL
-
 
 cdef status_t wait_for_holds(pool_t *pool) noexcept nogil:
     """Gives the lock up until nobody holds; then everything has to be looked at again. HELD: this thread holds."""
     if my_hold(pool) != NULL:
         return HELD
+    do_deferred(pool)
     pool.waiting += 1
     while pool.num_holders:
         kv_lock_wait(&pool.lock)
@@ -77,20 +81,9 @@ cdef status_t pool_hold(pool_t *pool) noexcept nogil:
 
 
 cdef status_t pool_release(pool_t *pool) noexcept nogil:
-    cdef holder_t *mine
-    cdef status_t status = OK
+    cdef status_t status
     kv_lock(&pool.lock)
-    mine = my_hold(pool)
-    if mine == NULL:
-        status = NOT_HELD
-    else:
-        mine.depth -= 1
-        if mine.depth == 0:
-            pool.num_holders -= 1
-            mine[0] = pool.holders[pool.num_holders]
-            if pool.num_holders == 0:
-                end_of_holds(pool)
-                kv_lock_wake(&pool.lock)
+    status = release_mine(pool)
     pool_unlock(pool)
     return status
 
@@ -99,6 +92,8 @@ cdef status_t pool_release(pool_t *pool) noexcept nogil:
 
 cdef status_t pool_allocate(pool_t *pool, int64_t tokens, int64_t limit, handle_t *handle) noexcept nogil:
     cdef status_t status
+    if not 1 <= tokens <= limit <= arena_tokens(pool):
+        return BAD_COUNT
     kv_lock(&pool.lock)
     while True:
         status = CLOSED if pool.closed else admit(pool, tokens, limit, True, handle)
@@ -110,6 +105,8 @@ cdef status_t pool_allocate(pool_t *pool, int64_t tokens, int64_t limit, handle_
 
 cdef status_t pool_append(pool_t *pool, handle_t handle, int64_t count) noexcept nogil:
     cdef status_t status
+    if count < 0:
+        return BAD_COUNT
     kv_lock(&pool.lock)
     while True:
         status = append(pool, place_of(handle), count, True) if is_live(pool, handle) else STALE
@@ -129,6 +126,8 @@ cdef status_t pool_free(pool_t *pool, handle_t handle) noexcept nogil:
 
 cdef status_t pool_truncate(pool_t *pool, handle_t handle, int64_t tokens) noexcept nogil:
     cdef status_t status = STALE
+    if tokens < 0:
+        return BAD_COUNT
     kv_lock(&pool.lock)
     if is_live(pool, handle):
         status = GONE if tokens > pool.space.hot[place_of(handle)].tokens else cut(pool, place_of(handle), tokens)
@@ -149,6 +148,8 @@ cdef status_t pool_fork(pool_t *pool, handle_t parent, handle_t *child) noexcept
 
 cdef status_t pool_set_limit(pool_t *pool, handle_t handle, int64_t limit) noexcept nogil:
     cdef status_t status = STALE
+    if limit > arena_tokens(pool):
+        return BAD_COUNT
     kv_lock(&pool.lock)
     if is_live(pool, handle):
         status = change_limit(pool, place_of(handle), limit)
@@ -157,9 +158,12 @@ cdef status_t pool_set_limit(pool_t *pool, handle_t handle, int64_t limit) noexc
 
 
 cdef status_t pool_commit(pool_t *pool, handle_t handle, int64_t tokens) noexcept nogil:
+    """The first `tokens` tokens, or all that there are if it is negative."""
     cdef status_t status = STALE
     kv_lock(&pool.lock)
     if is_live(pool, handle):
+        if tokens < 0:
+            tokens = pool.space.hot[place_of(handle)].tokens
         status = BELOW_USED if tokens > pool.space.hot[place_of(handle)].tokens else OK
         if status == OK:
             raise_marks(pool, place_of(handle), tokens)

@@ -58,7 +58,7 @@ cdef str check_lengths(const pool_t *pool, int64_t who):
     cdef int64_t mark, written
     if seq.blocks != (hot.tokens + size - 1) // size:
         return f"sequence {who} of {hot.tokens} tokens holds {seq.blocks} blocks of {size}"
-    if hot.tokens > seq.limit or hot.soft > min(<int64_t>seq.limit, seq.blocks * size):
+    if hot.tokens < 0 or hot.tokens > seq.limit or hot.soft > min(<int64_t>seq.limit, seq.blocks * size):
         return (f"sequence {who} has {hot.tokens} tokens and may have {hot.soft} without a look, "
                 f"its limit is {seq.limit}, its blocks hold {seq.blocks * size}")
     for mark in range(pool.num_marks):

@@ -18,7 +18,7 @@ from kvcache._blocks cimport (
     gap_start,
     give_run,
     take_run,
-    used_run_end,
+    next_free,
 )
 from kvcache._moves cimport move_t
 
@@ -172,9 +172,9 @@ cdef void place_by_sliding(space_t *space, int64_t length, int64_t growth) noexc
 
 cdef int64_t first_gap(const blocks_t *blocks, int64_t block) noexcept nogil:
     """The gap that `block` lies in, or the first one after it, or the first one of all; there is one."""
-    block = used_run_end(blocks, block)
+    block = next_free(blocks, block)
     if block >= blocks.num_blocks:
-        block = used_run_end(blocks, 0)
+        block = next_free(blocks, 0)
     return gap_start(blocks, block)
 
 

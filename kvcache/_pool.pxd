@@ -21,6 +21,7 @@ ctypedef enum status_t:
     NOT_HELD = 9      # release without a hold of this thread
     GONE = 10         # a position that no longer exists
     CLOSED = 11
+    BAD_COUNT = 12    # a count or limit that cannot be meant
 
 ctypedef struct holder_t:
     uintptr_t thread
@@ -63,6 +64,7 @@ ctypedef struct pool_t:
     handle_t *deferred      # freed by a finalizer while this thread ran Python under the lock
     int64_t num_deferred
     int64_t deferred_capacity
+    int64_t deferred_releases  # holds left by a finalizer, likewise
     uint64_t changes        # calls that have changed anything
     int64_t peak_used
     int64_t moves
@@ -91,6 +93,9 @@ cdef inline int64_t used_blocks(const pool_t *pool) noexcept nogil:
 
 cdef inline int64_t ceil_div(int64_t value, int64_t divisor) noexcept nogil:
     return (value + divisor - 1) // divisor
+
+cdef inline int64_t arena_tokens(const pool_t *pool) noexcept nogil:
+    return pool.space.blocks.num_blocks * pool.space.block_size
 
 cdef inline int64_t held_blocks(const pool_t *pool) noexcept nogil:
     return used_blocks(pool) - pool.limbo_blocks
@@ -125,4 +130,6 @@ cdef void leave(pool_t *pool, int32_t who) noexcept nogil
 cdef void refresh(pool_t *pool, int32_t who) noexcept nogil
 cdef void give_back(pool_t *pool, int64_t start, int64_t length) noexcept nogil
 cdef void end_of_holds(pool_t *pool) noexcept nogil
+cdef holder_t *my_hold(pool_t *pool) noexcept nogil
+cdef status_t release_mine(pool_t *pool) noexcept nogil
 cdef int reserve_limbo(pool_t *pool, int64_t blocks) noexcept nogil

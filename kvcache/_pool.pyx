@@ -1,11 +1,11 @@
 """The pool: places in the table, blocks that nobody holds, bytes that move."""
 
-from libc.stdint cimport UINT32_MAX, int32_t, int64_t
+from libc.stdint cimport UINT32_MAX, int32_t, int64_t, uintptr_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memset
 
 from kvcache._blocks cimport NOWHERE, blocks_destroy, blocks_init, give_run, mark_free
-from kvcache._lock cimport kv_lock_destroy, kv_lock_init, kv_lock_runs_python
+from kvcache._lock cimport kv_lock_destroy, kv_lock_init, kv_lock_runs_python, kv_lock_wake, kv_thread
 from kvcache._moves cimport move_t
 from kvcache._placement cimport hot_t, plan_destroy, plan_reserve, seq_t
 
@@ -176,6 +176,30 @@ cdef void end_of_holds(pool_t *pool) noexcept nogil:
     if pool.num_limbo:
         pool.changes += 1
     pool.num_limbo = pool.limbo_blocks = 0
+
+
+cdef holder_t *my_hold(pool_t *pool) noexcept nogil:
+    cdef uintptr_t me = kv_thread()
+    cdef int64_t index
+    for index in range(pool.num_holders):
+        if pool.holders[index].thread == me:
+            return &pool.holders[index]
+    return NULL
+
+
+cdef status_t release_mine(pool_t *pool) noexcept nogil:
+    """Leaves one hold of this thread."""
+    cdef holder_t *mine = my_hold(pool)
+    if mine == NULL:
+        return NOT_HELD
+    mine.depth -= 1
+    if mine.depth == 0:
+        pool.num_holders -= 1
+        mine[0] = pool.holders[pool.num_holders]
+        if pool.num_holders == 0:
+            end_of_holds(pool)
+            kv_lock_wake(&pool.lock)
+    return OK
 
 
 cdef int reserve_limbo(pool_t *pool, int64_t blocks) noexcept nogil:

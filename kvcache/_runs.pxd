@@ -17,10 +17,10 @@ cdef class BlockAllocator:
     cdef kv_lock_t lock
     cdef int64_t generation  # of the newest run
 
-    cdef void take_lock(self) noexcept
+    cdef int take_lock(self) except -1
     cdef int require_live(self, BlockRun run) except -1
     cdef void label(self, int64_t start, int64_t length) noexcept nogil
 
 
 cdef double fragmentation_of(int64_t longest, int64_t there) noexcept
-cdef str block_map_text(int64_t total, int64_t there, int64_t longest, str rows)
+cdef str block_map_text(bytearray cells, int64_t width, int64_t there, int64_t longest)

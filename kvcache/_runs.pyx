@@ -5,14 +5,15 @@ import sys
 
 import cython
 
+from cpython.bytearray cimport PyByteArray_AS_STRING
 from libc.stdint cimport int32_t, int64_t
 
 from kvcache._blocks cimport (
     block_is_free,
-    block_map,
     blocks_destroy,
     blocks_init,
     check_blocks,
+    draw_blocks,
     gap_at,
     gap_for,
     give_run,
@@ -24,6 +25,7 @@ from kvcache._lock cimport (
     kv_lock,
     kv_lock_destroy,
     kv_lock_init,
+    kv_lock_is_mine,
     kv_lock_runs_python,
     kv_lock_try,
     kv_unlock,
@@ -98,10 +100,13 @@ cdef class BlockAllocator:
         blocks_destroy(&self.blocks)
         kv_lock_destroy(&self.lock)
 
-    cdef void take_lock(self) noexcept:
+    cdef int take_lock(self) except -1:
         if not kv_lock_try(&self.lock):
+            if kv_lock_is_mine(&self.lock):
+                raise KVCacheError("called by a finalizer that runs while this thread checks the pool")
             with nogil:
                 kv_lock(&self.lock)
+        return 0
 
     def allocate(self, n):
         """A run of `n` blocks, or None where no gap is so long.
@@ -217,14 +222,13 @@ cdef class BlockAllocator:
     def dump_block_map(self, file=None, width=64):
         """Writes the numbers and a map of the blocks, `width` to a row, to `file` (standard output by default)."""
         cdef int64_t columns = as_count(width, "width", 1)
+        cdef bytearray cells = bytearray(self.blocks.num_blocks)
         self.take_lock()
         cdef int64_t there = self.blocks.free_blocks
         cdef int64_t longest = largest_free_run(&self.blocks)
-        kv_lock_runs_python(&self.lock, True)
-        rows = block_map(&self.blocks, columns)
-        kv_lock_runs_python(&self.lock, False)
+        draw_blocks(&self.blocks, PyByteArray_AS_STRING(cells))
         kv_unlock(&self.lock)
-        print(block_map_text(self.blocks.num_blocks, there, longest, rows), file=sys.stdout if file is None else file)
+        print(block_map_text(cells, columns, there, longest), file=sys.stdout if file is None else file)
 
     def check(self):
         """Walks every structure.
@@ -235,10 +239,12 @@ cdef class BlockAllocator:
             Naming the first thing that is wrong.
         """
         self.take_lock()
-        kv_lock_runs_python(&self.lock, True)
-        wrong = check_blocks(&self.blocks)
-        kv_lock_runs_python(&self.lock, False)
-        kv_unlock(&self.lock)
+        kv_lock_runs_python(&self.lock, True)  # to say what is wrong
+        try:
+            wrong = check_blocks(&self.blocks)
+        finally:
+            kv_lock_runs_python(&self.lock, False)
+            kv_unlock(&self.lock)
         if wrong is not None:
             raise KVCacheError(wrong)
 
@@ -247,8 +253,11 @@ cdef double fragmentation_of(int64_t longest, int64_t there) noexcept:
     return 1.0 - <double>longest / <double>there if there else 0.0
 
 
-cdef str block_map_text(int64_t total, int64_t there, int64_t longest, str rows):
-    indented = "\n".join(["    " + row for row in rows.split("\n")])
+cdef str block_map_text(bytearray cells, int64_t width, int64_t there, int64_t longest):
+    """The numbers, and rows of `width` blocks; `there` are free, `longest` of them in a row."""
+    cdef int64_t total = len(cells)
+    text = cells.decode("ascii")
+    rows = "\n".join(["    " + text[row : row + width] for row in range(0, total, width)])
     return (f"KVBlockAllocator State:\n  Total blocks: {total}\n  Used: {total - there} Free: {there}\n"
             f"  Fragmentation: {fragmentation_of(longest, there):.2f}\n"
-            f"  Block map (. = free, X = used):\n{indented}")
+            f"  Block map (. = free, X = used):\n{rows}")

@@ -1,4 +1,4 @@
-"""Sequences: blocks held and promised, growth, cuts, forks, holds.
+"""Sequences: blocks held and promised, growth, cuts, forks.
 
 Every change computes what it needs, refuses if that is not there, has the arena move the bytes, and only then writes
 the books; so a refusal, or an arena that fails, leaves everything as it was.
@@ -45,6 +45,7 @@ from kvcache._pool cimport (
     place_of,
     pool_t,
     refresh,
+    release_mine,
     reserve_limbo,
     reserve_table,
     status_t,
@@ -62,10 +63,18 @@ from kvcache._sharing cimport (
 )
 
 
-cdef void pool_unlock(pool_t *pool) noexcept nogil:
+cdef void do_deferred(pool_t *pool) noexcept nogil:
+    """What finalizers asked for while this thread ran Python under the lock."""
+    while pool.deferred_releases:
+        pool.deferred_releases -= 1
+        release_mine(pool)
     while pool.num_deferred:
         pool.num_deferred -= 1
         retire(pool, pool.deferred[pool.num_deferred])
+
+
+cdef void pool_unlock(pool_t *pool) noexcept nogil:
+    do_deferred(pool)
     kv_unlock(&pool.lock)
 
 

@@ -335,3 +335,15 @@ def test_the_same_calls_give_the_same_places(make_cache, placement):
         return [cache.block_table(request_id).tolist() for request_id in cache], cache.stats()
 
     assert walk() == walk()
+
+
+def test_a_grant_of_nothing_cannot_be_made_anew(make_cache):
+    cache = make_cache()
+    cache.allocate_for("a", 4, max_tokens=8)
+    cache.truncate("a", 0)
+    cache.set_limit("a", 0)
+    grant = cache.fork("a", "b")
+    assert grant.max_tokens == 0
+    with pytest.raises(TypeError, match="does not change"):
+        grant.__init__("other", 9, 9, 9)
+    assert (grant.request_id, grant.tokens) == ("b", 0)

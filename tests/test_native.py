@@ -60,3 +60,16 @@ def test_native_threads_leave_no_block_behind_beside_a_python_thread(engine):
         assert sum(done for done, _ in outcome) > 0
         assert cache.stats().free_blocks == 128
         cache.check()
+
+
+@BOTH
+def test_counts_that_cannot_be_meant_are_refused_before_anything_changes(engine, placement):
+    with KVCache(
+        1, 1, 4, 64, block_size=4, backend="none", placement=placement, overcommit=float("inf")
+    ) as cache:
+        cache.allocate_for("a", 5, max_tokens=20)
+        before = cache.stats()
+        found, bad_count = engine.statuses_of_bad_counts(cache, "a")
+        assert all(set(statuses) == {bad_count} for statuses in found.values())
+        assert (cache.used_tokens("a"), cache.limit("a"), cache.stats()) == (5, 20, before)
+        cache.check()

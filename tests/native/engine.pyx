@@ -5,6 +5,7 @@ from libc.stdint cimport int32_t, int64_t
 from libc.stdlib cimport calloc, free
 
 from kvcache._alloc cimport (
+    BAD_COUNT,
     CacheCore,
     handle_of,
     handle_t,
@@ -13,6 +14,7 @@ from kvcache._alloc cimport (
     pool_free,
     pool_hold,
     pool_release,
+    pool_set_limit,
     pool_slots,
     pool_t,
     pool_truncate,
@@ -91,3 +93,19 @@ def append_from_threads(CacheCore cache, request_ids, int64_t rounds):
 def live_and_die_in_threads(CacheCore cache, int64_t threads, int64_t rounds):
     """Sequences that only native code knows; [(looked at, refused)] per thread."""
     return run(cache, [0] * threads, rounds, live_and_die)
+
+
+def statuses_of_bad_counts(CacheCore cache, request_id):
+    """What each call says to counts that cannot be meant."""
+    cdef pool_t *pool = &cache.pool
+    cdef handle_t handle = handle_of(cache, request_id), fresh = 0
+    cdef int64_t huge = <int64_t>1 << 33
+    return {
+        "append": [pool_append(pool, handle, -3)],
+        "truncate": [pool_truncate(pool, handle, -1)],
+        "set_limit": [pool_set_limit(pool, handle, huge)],
+        "allocate": [
+            pool_allocate(pool, tokens, limit, &fresh)
+            for tokens, limit in ((0, 8), (-8, 8), (8, 4), (5, huge), (huge, huge))
+        ],
+    }, BAD_COUNT
