@@ -24,11 +24,19 @@ from kvcache._lock cimport (
     kv_lock_try,
 )
 from kvcache._runs cimport block_map_text, fragmentation_of
-from kvcache._pool cimport ceil_div, is_live, place_of, pool_destroy, pool_init, slot_of
+from kvcache._pool cimport (
+    ceil_div,
+    committed_tokens,
+    is_live,
+    overwrites_held,
+    place_of,
+    pool_destroy,
+    pool_init,
+    slot_of,
+)
 from kvcache._sequences cimport (
     admit,
     append,
-    committed_tokens,
     defer_free,
     mark_written,
     pool_unlock,
@@ -225,8 +233,7 @@ cdef class CacheCore:
         if status == NO_MEMORY:
             raise MemoryError("no memory for the bookkeeping; nothing has changed")
         if status == MOVE_FAILED:
-            error, self.copier.error = self.copier.error, None
-            raise KVCacheError("the arena could not move or write") if error is None else error
+            raise self.copier.take_error()
         raise KVCacheError(f"unexpected status {status}")
 
     cdef Allocation enter(self, Allocation record):
@@ -629,6 +636,8 @@ cdef class CacheCore:
             return GONE
         if rows == 0:
             return OK
+        if overwrites_held(&self.pool, who, layer, start):
+            return HELD
         self.pool.spans.count = 0
         status = own_and_span(&self.pool, &self.pool.spans, who, start, rows, 0)
         if status == OK:

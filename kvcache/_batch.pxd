@@ -2,13 +2,20 @@
 
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
-from kvcache._alloc cimport CacheCore
+from kvcache._alloc cimport Allocation, CacheCore
 from kvcache._copy cimport Copier, Sources
+from kvcache._lock cimport kv_turn_t
 from kvcache._pool cimport handle_t, spans_t, status_t
+
+ctypedef enum what_t:   # what callers read of a batch
+    SLOTS, POSITIONS, SPLITS, LENGTHS, STARTS, GENERATION
 
 
 cdef class BatchCore:
     cdef readonly CacheCore cache
+    cdef bint made                  # __init__ is through
+    cdef kv_turn_t turn             # of the thread whose call this batch is in
+    cdef bint waits                 # that call waits for holds to end; changed under the pool's lock
     cdef list ids                   # of the members, in order
     cdef dict known                 # request id -> Allocation
     cdef int64_t size               # members
@@ -47,9 +54,24 @@ cdef class BatchCore:
     cdef int32_t *length
     cdef int32_t *start
 
-    cdef int join(self, object request_id) except -1
+    cdef int begin(self) except -1
+    cdef void end(self) noexcept
+    cdef status_t wait_for_turn(self) noexcept nogil
+    cdef status_t wait_outside(self) noexcept nogil
+    cdef Allocation newcomer(self, object request_id)
+    cdef int join(self, Allocation record) except -1
+    cdef int drop(self, Allocation record, object arrays) except -1
+    cdef int arrange(self, list chosen) except -1
     cdef int reserve(self, int64_t members) except -1
-    cdef int rebuild(self, int64_t kept, int64_t removed) except -1
+    cdef object new_arrays(self, int64_t size)
+    cdef int install(self, object arrays, int64_t kept, int64_t removed) except -1
+    cdef object ask(self, object tokens, object counts)
+    cdef object cut_back(self, object counts)
+    cdef object now(self, what_t what)
+    cdef object read(self, what_t what)
+    cdef object tables(self)
+    cdef void split_again(self) noexcept nogil
+    cdef int put(self, Sources sources, int64_t layer) except -1
     cdef object take_step(self, const int32_t *counts, object result, object slots, object positions)
     cdef void end_step(self) noexcept nogil
     cdef int64_t first_of(self, int64_t index) noexcept nogil
@@ -59,7 +81,8 @@ cdef class BatchCore:
     cdef bint gone(self) noexcept nogil
     cdef status_t append_one(self, int64_t index, int64_t count, unsigned char *got) noexcept nogil
     cdef void take_back(self, int64_t end, const int32_t *counts, const unsigned char *got) noexcept nogil
-    cdef bint needs_limbo(self, const int32_t *counts) noexcept nogil
+    cdef bint needs_held(self, const int32_t *counts) noexcept nogil
+    cdef bint copies_leave_more(self, int32_t who) noexcept nogil
     cdef void fill(self, const int32_t *counts, const unsigned char *got) noexcept nogil
     cdef void fill_uniform(self) noexcept nogil
     cdef void look_again(self) noexcept nogil

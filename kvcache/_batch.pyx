@@ -2,6 +2,8 @@
 
 The arrays belong to the batch and stay the same objects while membership and order stand. They are brought up to
 date when they are read: the pool counts its changes, and a batch that has not seen the last one looks again.
+
+A batch is in one call at a time: a thread that comes meanwhile waits, since arrays are exchanged outside the lock.
 """
 
 import numpy as np
@@ -14,8 +16,17 @@ from libc.string cimport memchr, memcpy, memmove, memset
 from kvcache._alloc cimport Allocation, CacheCore
 from kvcache._calls cimport wait_for_holds
 from kvcache._copy cimport Copier, Sources
-from kvcache._ids cimport as_count, as_tokens
-from kvcache._lock cimport kv_lock
+from kvcache._ids cimport as_count, check_tokens, counts_array
+from kvcache._lock cimport (
+    kv_lock,
+    kv_lock_is_mine,
+    kv_lock_wait,
+    kv_lock_wake,
+    kv_thread,
+    kv_turn_give,
+    kv_turn_take,
+    kv_turn_wants,
+)
 from kvcache._placement cimport hot_t, seq_t
 from kvcache._pool cimport (
     BUSY,
@@ -27,19 +38,23 @@ from kvcache._pool cimport (
     STALE,
     ceil_div,
     is_live,
+    my_hold,
+    overwrites_held,
     place_of,
     pool_t,
     slot_of,
     status_t,
+    tail_is_kept,
 )
 from kvcache._sequences cimport append, cut, mark_written, pool_unlock, ungrow
 from kvcache._sharing cimport may_copy, tail_is_shared, wish_t
 from kvcache._writes cimport own_and_span, unwish_write, wish_write, write_spans
 
-from kvcache.errors import CacheClosed, CacheFull, SequenceExists, UnknownSequence
+from kvcache.errors import CacheClosed, CacheFull, KVCacheError, SequenceExists, UnknownSequence
 
 cdef enum:
-    DEAD = 0xFFFFFFFF  # the version of a member that has been seen to be freed
+    DEAD = 0xFFFFFFFF      # the version of a member that has been seen to be freed
+    MOST_ASKED = 1 << 24   # tokens that a step of any arena may ask for
 
 
 cdef void *data_of(object array) except? NULL:
@@ -63,32 +78,9 @@ cdef void keep_ints(int32_t *into, const int32_t *before, int64_t kept, int64_t 
         memcpy(&into[head], &before[head + 1], (kept - head) * sizeof(int32_t))
 
 
-cdef object counts_array(object counts, int64_t size):
-    """One int32 count per member."""
-    if isinstance(counts, (str, bytes)) or not hasattr(counts, "__len__"):
-        return np.full(size, min(as_count(counts, "counts", 0), 2**31 - 1), np.int32)
-    if len(counts) != size:
-        raise ValueError(f"{len(counts)} counts for {size} members")
-    items = counts.tolist() if isinstance(counts, np.ndarray) else counts
-    return np.array([min(as_count(count, "counts", 0), 2**31 - 1) for count in items], np.int32)
-
-
-cdef int check_tokens(object tokens, int64_t asked, int64_t members) except -1:
-    """Ids for every token asked for: flat, or a row for each member."""
-    rows = None
-    if getattr(tokens, "ndim", 1) == 2:
-        rows = np.asarray(tokens).tolist()
-    elif isinstance(tokens, (list, tuple)) and tokens and isinstance(tokens[0], (list, tuple)):
-        rows = tokens
-    if rows is None:
-        flat = as_tokens(tokens)
-    else:
-        if len(rows) != members or any([len(row) * members != asked for row in rows]):
-            raise ValueError(f"token ids of shape {np.shape(rows)} for {asked} tokens asked for by {members} members")
-        flat = as_tokens([token for row in rows for token in row])
-    if len(flat) != asked:
-        raise ValueError(f"{len(flat)} token ids for {asked} tokens asked for")
-    return 0
+cdef inline int32_t last_block(const pool_t *pool, int32_t who) noexcept nogil:
+    """Paged: of a sequence that holds blocks."""
+    return pool.space.seqs[who].table[pool.space.seqs[who].blocks - 1]
 
 
 cdef class BatchCore:
@@ -98,13 +90,17 @@ cdef class BatchCore:
     """
 
     def __init__(self, CacheCore cache not None, request_ids=()):
+        if self.made:
+            raise KVCacheError("a batch is made once: __init__ has been called before")
+        cache.known()
         self.cache = cache
         self.ids = []
         self.known = {}
         self.size = 0
         for request_id in request_ids:
-            self.join(request_id)
-        self.rebuild(0, -1)
+            self.join(self.newcomer(request_id))
+        self.install(self.new_arrays(self.size), 0, -1)
+        self.made = True
 
     def __dealloc__(self):
         free(self.handles)
@@ -113,16 +109,74 @@ cdef class BatchCore:
         free(self.touched)
         free(self.spans.items)
 
+    # -- one call at a time
+
+    cdef int begin(self) except -1:
+        """Waits for the call of another thread; whoever begins ends."""
+        cdef status_t status
+        if not self.made:
+            raise KVCacheError("DecodeBatch.__init__ has not been called")
+        if not kv_turn_take(&self.turn):
+            if self.turn.thread == kv_thread():
+                raise KVCacheError("the batch is in a call of this very thread: the __eq__ or __hash__ of an id, "
+                                   "or a finalizer, cannot use it")
+            self.cache.before_waiting()
+            with nogil:
+                status = self.wait_for_turn()
+            self.cache.answer(status, None)
+        if self.cache.pool.closed:
+            self.end()
+            raise CacheClosed()
+        return 0
+
+    cdef void end(self) noexcept:
+        if not kv_turn_give(&self.turn):
+            return
+        if kv_lock_is_mine(&self.cache.pool.lock):
+            kv_lock_wake(&self.cache.pool.lock)
+            return
+        with nogil:
+            kv_lock(&self.cache.pool.lock)
+            kv_lock_wake(&self.cache.pool.lock)
+            pool_unlock(&self.cache.pool)
+
+    cdef status_t wait_for_turn(self) noexcept nogil:
+        """HELD: the call that has the turn waits for this thread's hold to end."""
+        cdef pool_t *pool = &self.cache.pool
+        cdef status_t status = OK
+        kv_lock(&pool.lock)
+        kv_turn_wants(&self.turn, 1)
+        while not kv_turn_take(&self.turn):
+            if self.waits and my_hold(pool) != NULL:
+                status = HELD
+                break
+            kv_lock_wait(&pool.lock)
+        kv_turn_wants(&self.turn, -1)
+        pool_unlock(pool)
+        return status
+
+    cdef status_t wait_outside(self) noexcept nogil:
+        """Waits for holds to end, and lets whoever holds know that this call does."""
+        cdef status_t status
+        self.waits = True
+        kv_lock_wake(&self.cache.pool.lock)
+        status = wait_for_holds(&self.cache.pool)
+        self.waits = False
+        return status
+
     # -- membership
 
-    cdef int join(self, object request_id) except -1:
-        """Appends a member; the arrays are rebuilt by whoever calls."""
+    cdef Allocation newcomer(self, object request_id):
         cdef Allocation record = self.cache.find(request_id)
         if request_id in self.known:
             raise SequenceExists(request_id=request_id)
+        return record
+
+    cdef int join(self, Allocation record) except -1:
+        """Appends a member; the arrays are made anew by whoever calls."""
         self.reserve(self.size + 1)
-        self.known[request_id] = record
-        self.ids.append(request_id)
+        self.known[record.request_id] = record
+        self.ids.append(record.request_id)
         self.handles[self.size] = record.handle
         self.size += 1
         return 0
@@ -156,8 +210,14 @@ cdef class BatchCore:
         UnknownSequence, SequenceExists
             It does not live, or is a member already.
         """
-        self.join(request_id)
-        self.rebuild(self.size - 1, -1)
+        self.begin()
+        try:
+            record = self.newcomer(request_id)
+            arrays = self.new_arrays(self.size + 1)
+            self.join(record)
+            self.install(arrays, self.size - 1, -1)
+        finally:
+            self.end()
 
     def remove(self, request_id):
         """Takes a member out, also one that has been freed; the others keep their order. Ends the step.
@@ -167,19 +227,25 @@ cdef class BatchCore:
         UnknownSequence
             It is no member.
         """
+        self.begin()
+        try:
+            if request_id not in self.known:
+                raise UnknownSequence(request_id=request_id)
+            arrays = self.new_arrays(self.size - 1)
+            self.drop(self.known.pop(request_id), arrays)
+        finally:
+            self.end()
+
+    cdef int drop(self, Allocation record, object arrays) except -1:
         cdef int64_t index = 0
-        cdef handle_t handle
-        record = self.known.pop(request_id, None)
-        if record is None:
-            raise UnknownSequence(request_id=request_id)
-        handle = (<Allocation>record).handle
-        while self.handles[index] != handle:
+        while self.handles[index] != record.handle:
             index += 1
         del self.ids[index]
         self.size -= 1
         memmove(&self.handles[index], &self.handles[index + 1], (self.size - index) * sizeof(handle_t))
         memmove(&self.versions[index], &self.versions[index + 1], (self.size - index) * sizeof(uint32_t))
-        self.rebuild(self.size, index)
+        self.install(arrays, self.size, index)
+        return 0
 
     def reorder(self, indices):
         """Keeps the members at `indices`, in that order. Ends the step.
@@ -189,21 +255,31 @@ cdef class BatchCore:
         IndexError, ValueError
             An index is out of range, or comes twice.
         """
-        cdef int64_t index, position
         items = indices.tolist() if hasattr(indices, "tolist") else indices
         chosen = [as_count(item, "index", 0) for item in items]
+        if len(set(chosen)) != len(chosen):
+            raise ValueError(f"an index comes twice in {chosen}")
+        self.begin()
+        try:
+            self.arrange(chosen)
+        finally:
+            self.end()
+
+    cdef int arrange(self, list chosen) except -1:
+        cdef int64_t index, position
         for index in chosen:
             if index >= self.size:
                 raise IndexError(f"index {index} of {self.size} members")
-        if len(set(chosen)) != len(chosen):
-            raise ValueError(f"an index comes twice in {chosen}")
+        arrays = self.new_arrays(len(chosen))
         handles = [self.handles[index] for index in chosen]
-        self.ids = [self.ids[index] for index in chosen]
-        self.known = {request_id: self.known[request_id] for request_id in self.ids}
+        ids = [self.ids[index] for index in chosen]
+        self.known = {request_id: self.known[request_id] for request_id in ids}
+        self.ids = ids
         self.size = len(chosen)
         for position in range(self.size):
             self.handles[position] = handles[position]
-        self.rebuild(0, -1)
+        self.install(arrays, 0, -1)
+        return 0
 
     def __len__(self):
         return self.size
@@ -217,20 +293,22 @@ cdef class BatchCore:
     def __iter__(self):
         return iter(list(self.ids))
 
-    cdef int rebuild(self, int64_t kept, int64_t removed) except -1:
-        """New arrays, with no step: of the first `kept` members it is known where they were, one was at `removed`."""
+    cdef object new_arrays(self, int64_t size):
+        """splits, lengths, starts, slots and positions for so many members."""
+        return (np.zeros(size + 1, np.int32), np.empty(size, np.int32), np.empty(size, np.int32),
+                np.empty(size, np.int32), np.empty(size, np.int32))
+
+    cdef int install(self, object arrays, int64_t kept, int64_t removed) except -1:
+        """With no step: of the first `kept` members it is known where they were, one was at `removed`."""
         cdef int32_t *lengths = self.length
         cdef int32_t *starts = self.start
         cdef int64_t index
         _alive = self.lengths_array, self.starts_array  # until they have been read
-        self.splits_array = np.zeros(self.size + 1, np.int32)
-        self.lengths_array = np.empty(self.size, np.int32)
-        self.starts_array = np.empty(self.size, np.int32)
+        self.splits_array, self.lengths_array, self.starts_array, self.own_slots, self.own_positions = arrays
+        self.slots_array, self.positions_array = self.own_slots, self.own_positions
         self.split = ints_of(self.splits_array)
         self.length = ints_of(self.lengths_array)
         self.start = ints_of(self.starts_array)
-        self.own_slots = self.slots_array = np.empty(self.size, np.int32)
-        self.own_positions = self.positions_array = np.empty(self.size, np.int32)
         self.own_slot = self.slot = ints_of(self.own_slots)
         self.own_position = self.position = ints_of(self.own_positions)
         self.entries, self.uniform = self.size, True
@@ -265,7 +343,11 @@ cdef class BatchCore:
 
     cdef int answer(self, status_t status) except -1:
         """Whatever a call of the whole batch met that is an error."""
-        cdef int64_t index = self.dead_member() if status == STALE else -1
+        cdef int64_t index = -1
+        if status == STALE:
+            self.cache.lock_pool()
+            index = self.dead_member()
+            pool_unlock(&self.cache.pool)
         self.cache.answer(status, self.ids[index] if index >= 0 else None)
         return 0
 
@@ -293,14 +375,22 @@ cdef class BatchCore:
         CacheHeld
             It would have to wait for this very thread's hold to end. Nothing has changed.
         """
+        self.begin()
+        try:
+            return self.ask(tokens, counts)
+        finally:
+            self.end()
+
+    cdef object ask(self, object tokens, object counts):
         cdef const int32_t *each = NULL
         cdef int64_t asked = self.size
+        cdef int64_t most = max(self.cache.arena_tokens, <int64_t>MOST_ASKED)
         slots = positions = None
         if type(counts) is not int or counts != 1:
             per_member = counts_array(counts, self.size)
             asked = int(per_member.sum(dtype=np.int64))
-            if asked >= 2**31:
-                raise ValueError(f"{asked} tokens in one step, fewer than {2**31} are allowed")
+            if asked > most:
+                raise ValueError(f"{asked} tokens in one step, at most {most} can be asked for")
             each = ints_of(per_member)
             slots, positions = np.empty(asked, np.int32), np.empty(asked, np.int32)
         if tokens is not None:
@@ -322,7 +412,7 @@ cdef class BatchCore:
             kv_lock(&cache.pool.lock)
             while True:
                 status = self.append_each(counts, got)
-                if status != HELD or wait_for_holds(&cache.pool) != OK:
+                if status != HELD or self.wait_outside() != OK:
                     break
             if status == OK:
                 self.slot, self.position, self.entries, self.uniform = slot, position, entries, counts == NULL
@@ -348,7 +438,7 @@ cdef class BatchCore:
         self.num_touched = 0
         self.all_live = False
         self.unseen = self.seen != changes
-        if pool.limbo_blocks and self.needs_limbo(counts):
+        if (pool.limbo_blocks or pool.num_kept) and self.needs_held(counts):
             return HELD
         for index in range(self.size):
             hot = &pool.space.hot[<uint32_t>self.handles[index]]
@@ -394,8 +484,9 @@ cdef class BatchCore:
             if got[index] and count:
                 ungrow(&self.cache.pool, who, self.cache.pool.space.hot[who].tokens - count)
 
-    cdef bint needs_limbo(self, const int32_t *counts) noexcept nogil:
-        """Whether a paged step comes to a member that only held blocks could serve: seen before the first copy."""
+    cdef bint needs_held(self, const int32_t *counts) noexcept nogil:
+        """Whether a paged step comes to a member that only held blocks could serve, or to a block of its own whose
+        content is held: seen before the first copy."""
         cdef pool_t *pool = &self.cache.pool
         cdef int64_t index, count, tokens, need, there = pool.space.blocks.free_blocks
         cdef int32_t who
@@ -411,19 +502,32 @@ cdef class BatchCore:
             need += shared
             if tokens + count > pool.space.seqs[who].limit or need > there + pool.limbo_blocks:
                 continue
-            if need > there:
+            if need > there or tail_is_kept(pool, who) or self.copies_leave_more(who):
                 needed = True
                 break
             there -= need
             if shared:  # as if it had its copy: the last holder needs none
-                pool.refs[pool.space.seqs[who].table[pool.space.seqs[who].blocks - 1]] -= 1
+                pool.refs[last_block(pool, who)] -= 1
                 self.touched[self.num_touched] = who
                 self.num_touched += 1
         while self.num_touched:
             self.num_touched -= 1
             who = self.touched[self.num_touched]
-            pool.refs[pool.space.seqs[who].table[pool.space.seqs[who].blocks - 1]] += 1
+            pool.refs[last_block(pool, who)] += 1
         return needed
+
+    cdef bint copies_leave_more(self, int32_t who) noexcept nogil:
+        """Whether a member before this one, whose copy leaves it the only holder of its last block, has more in it."""
+        cdef pool_t *pool = &self.cache.pool
+        cdef const seq_t *seq = &pool.space.seqs[who]
+        cdef int64_t index
+        if seq.blocks == 0 or pool.refs[seq.table[seq.blocks - 1]] > 1:
+            return False
+        for index in range(self.num_touched):
+            if (last_block(pool, self.touched[index]) == seq.table[seq.blocks - 1]
+                    and pool.space.hot[self.touched[index]].tokens > pool.space.hot[who].tokens):
+                return True
+        return False
 
     cdef void fill(self, const int32_t *counts, const unsigned char *got) noexcept nogil:
         """Writes the step into the arrays, after all its moves."""
@@ -519,10 +623,40 @@ cdef class BatchCore:
                 self.versions[index] = DEAD
             changed = True
         self.number += changed
+        if changed and self.stepped:
+            self.split_again()
+
+    cdef void split_again(self) noexcept nogil:
+        """Tokens of the step may have been cut off since."""
+        cdef int64_t index, entry
+        cdef int32_t there = 0
+        for index in range(self.size):
+            for entry in range(self.first_of(index), self.first_of(index + 1)):
+                there += self.slot[entry] >= 0
+            self.split[index + 1] = there
+        self.whole = self.whole and there == self.size
+
+    cdef object now(self, what_t what):
+        """One of the arrays, or the generation, up to date."""
+        self.begin()
+        try:
+            self.catch_up()
+            return self.read(what)
+        finally:
+            self.end()
+
+    cdef object read(self, what_t what):
+        if what == SLOTS:
+            return self.slots_array
+        if what == POSITIONS:
+            return self.positions_array
+        if what == SPLITS:
+            return self.splits_array
+        if what == LENGTHS:
+            return self.lengths_array
+        return self.starts_array if what == STARTS else self.number
 
     cdef int catch_up(self) except -1:
-        if self.cache.pool.closed:
-            raise CacheClosed()
         if self.seen != self.cache.pool.changes:
             self.cache.lock_pool()
             self.refresh()
@@ -532,47 +666,75 @@ cdef class BatchCore:
     @property
     def slots(self):
         """Arena token index of each token asked for, int32, flat; -1 for a refused member's and outside a step."""
-        self.catch_up()
-        return self.slots_array
+        return self.now(SLOTS)
 
     @property
     def positions(self):
         """Position in its sequence of each token asked for, int32, flat: what RoPE wants; -1 as `slots`."""
-        self.catch_up()
-        return self.positions_array
+        return self.now(POSITIONS)
 
     @property
     def splits(self):
         """int32, one more than members: member i's new tokens are ``splits[i]:splits[i + 1]`` of those granted."""
-        self.catch_up()
-        return self.splits_array
+        return self.now(SPLITS)
 
     @property
     def lengths(self):
         """Tokens of each member, int32, after the append."""
-        self.catch_up()
-        return self.lengths_array
+        return self.now(LENGTHS)
 
     @property
     def starts(self):
         """Arena token index of each member's first token, int32; -1 for a scattered or empty sequence."""
-        self.catch_up()
-        return self.starts_array
+        return self.now(STARTS)
 
     @property
     def generation(self):
         """Differs as soon as any call has moved, grown, cut or freed a member."""
-        self.catch_up()
-        return self.number
+        return self.now(GENERATION)
+
+    def _granted(self):
+        """The generation, and slots and positions of the tokens granted in it: new arrays, from one state."""
+        self.begin()
+        try:
+            self.catch_up()
+            granted = self.slots_array >= 0
+            return self.number, self.slots_array[granted], self.positions_array[granted]
+        finally:
+            self.end()
 
     @property
     def block_tables(self):
         """Block ids of each member, int32, a new array as wide as the longest, padded with -1."""
-        tables = [self.cache.block_table(request_id) for request_id in self.ids]
-        out = np.full((self.size, max([len(table) for table in tables], default=0)), -1, np.int32)
-        for row, table in zip(out, tables):
-            row[: len(table)] = table
-        return out
+        self.begin()
+        try:
+            return self.tables()
+        finally:
+            self.end()
+
+    cdef object tables(self):
+        cdef pool_t *pool = &self.cache.pool
+        cdef int32_t[:, ::1] rows
+        cdef int64_t widest = 0, width = -1, index, block
+        cdef int32_t who
+        table = None
+        while width != widest:  # a member may grow while the array is made
+            width = widest
+            table = np.full((self.size, width), -1, np.int32)
+            rows = table
+            self.cache.lock_pool()
+            widest = 0
+            for index in range(self.size):
+                if is_live(pool, self.handles[index]):
+                    widest = max(widest, <int64_t>pool.space.seqs[place_of(self.handles[index])].blocks)
+            for index in range(self.size if widest == width else 0):
+                who = place_of(self.handles[index])
+                if is_live(pool, self.handles[index]):
+                    for block in range(pool.space.seqs[who].blocks):
+                        rows[index, block] = <int32_t>(slot_of(pool, who, block * pool.space.block_size)
+                                                       // pool.space.block_size)
+            pool_unlock(pool)
+        return table
 
     def truncate(self, counts):
         """Drops the last tokens of each member: `counts` is an int, or one per member. Ends the step.
@@ -587,6 +749,13 @@ cdef class BatchCore:
         UnknownSequence, ValueError
             A member has been freed, or has fewer tokens than that. Nothing has changed.
         """
+        self.begin()
+        try:
+            return self.cut_back(counts)
+        finally:
+            self.end()
+
+    cdef object cut_back(self, object counts):
         cdef const int32_t *each
         cdef status_t status
         cdef CacheCore cache = self.cache
@@ -604,7 +773,8 @@ cdef class BatchCore:
                 self.refresh()
             pool_unlock(&cache.pool)
         if status == GONE:
-            raise ValueError(f"cannot drop {per_member.tolist()} tokens of members that have {self.lengths.tolist()}")
+            raise ValueError(f"cannot drop {per_member.tolist()} tokens of members that have "
+                             f"{self.lengths_array.tolist()}")
         self.answer(status)
         return result
 
@@ -630,6 +800,13 @@ cdef class BatchCore:
 
     def _write_rows(self, Sources sources not None, int64_t layer):
         """Writes rows, one per token asked for or one per token granted, to where the last append put them."""
+        self.begin()
+        try:
+            self.put(sources, layer)
+        finally:
+            self.end()
+
+    cdef int put(self, Sources sources, int64_t layer) except -1:
         cdef CacheCore cache = self.cache
         cdef Copier copier = cache.copier
         cdef status_t status
@@ -642,7 +819,7 @@ cdef class BatchCore:
             kv_lock(&cache.pool.lock)
             while True:
                 status = self.write_locked(copier, sources, layer)
-                if status != HELD or wait_for_holds(&cache.pool) != OK:
+                if status != HELD or self.wait_outside() != OK:
                     break
             pool_unlock(&cache.pool)
         if status == GONE:
@@ -650,6 +827,7 @@ cdef class BatchCore:
         if status == NO_ROOM:
             raise CacheFull(blocks_needed=cache.pool.wanted, blocks_available=cache.pool.unclaimed)
         self.answer(status)
+        return 0
 
     cdef status_t write_locked(self, Copier copier, Sources sources, int64_t layer) noexcept nogil:
         cdef pool_t *pool = &self.cache.pool
@@ -660,6 +838,11 @@ cdef class BatchCore:
             return STALE
         if self.gone():
             return GONE
+        for index in range(self.size):
+            first, last = self.first_of(index), self.first_of(index + 1)
+            if (first < last and self.position[first] >= 0
+                    and overwrites_held(pool, place_of(self.handles[index]), layer, self.position[first])):
+                return HELD
         if (self.spans_number != self.number or self.spans_seen != pool.changes
                 or self.spans_rows != sources.rows):
             status = self.find_spans(sources.rows)

@@ -100,6 +100,10 @@ cdef str check_holders(const pool_t *pool, int32_t *holders, int32_t *writers):
         for block in range(pool.limbo[index].start, pool.limbo[index].start + pool.limbo[index].length):
             if holders[block] or block_is_free(&pool.space.blocks, block):
                 return f"block {block} was freed under a hold, and is held by {holders[block]} or free"
+    for index in range(pool.num_kept):
+        block = pool.kept[index].start
+        if pool.num_holders == 0 or block_is_free(&pool.space.blocks, block):
+            return f"content of block {block} is kept by {pool.num_holders} holds, the block is free or nobody holds"
     if limbo != pool.limbo_blocks:
         return f"{limbo} blocks wait for holds to end, the count says {pool.limbo_blocks}"
     for block in range(pool.space.blocks.num_blocks):

@@ -41,7 +41,9 @@ cdef class Copier:
     cdef tuple arrays               # per layer a tuple of arrays: they own what planes points into
     cdef object wait                # called without arguments: returns when no step in flight reads planes
     cdef object graph               # move(moves) and write(arrays, layer, spans) as graph nodes
-    cdef public object error        # what the last failed call raised, until somebody takes it
+    cdef dict errors                # what the last failed call of each thread raised, until it takes it
+
+    cdef object take_error(self)
 
 cdef class Sources:
     cdef source_t *items            # [count]; empty where the arena moves bytes as graph nodes
@@ -54,7 +56,7 @@ cdef class Sources:
     cdef list lent                  # the buffers that items points into
 
 # A move_f; `copier` is a Copier that the caller keeps alive. Nonzero: nothing has been written, and the
-# exception is in Copier.error.
+# exception is in Copier.errors.
 cdef int copier_move(void *copier, const move_t *moves, int64_t count) noexcept nogil
 
 # Rows of `sources` (a Sources made for `layer`) to slots of every plane of `layer`. Nonzero as above.

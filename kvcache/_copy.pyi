@@ -17,7 +17,6 @@ class DType(IntEnum):
 def address(array: Any) -> int: ...
 
 class Copier:
-    error: BaseException | None
     def __new__(
         cls,
         layers: Sequence[Mapping[str, Any]],

@@ -17,6 +17,10 @@ from libc.stdint cimport int32_t, int64_t, uintptr_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memmove
 
+from kvcache._lock cimport kv_thread
+
+from kvcache.errors import KVCacheError
+
 cdef extern from *:
     """
     #include <unistd.h>
@@ -194,40 +198,41 @@ cdef int write(
     return 0
 
 
-cdef int refuse_closed(Copier self) noexcept with gil:
-    self.error = ValueError("the arena is closed")
+cdef int keep_error(Copier self, object error) noexcept:
+    """For this thread, whoever else fails meanwhile; 1."""
+    self.errors[kv_thread()] = error
     return 1
+
+
+cdef int refuse_closed(Copier self) noexcept with gil:
+    return keep_error(self, ValueError("the arena is closed"))
 
 
 cdef int refuse_move(Copier self, const move_t *bad) noexcept with gil:
-    self.error = ValueError(
+    return keep_error(self, ValueError(
         f"a move of {bad.blocks} blocks from {bad.source} to {bad.destination} leaves the arena, "
         f"which has {self.num_blocks}"
-    )
-    return 1
+    ))
 
 
 cdef int refuse_sources(Copier self, Sources sources, int64_t layer) noexcept with gil:
-    self.error = ValueError(
+    return keep_error(self, ValueError(
         f"sources of layer {sources.layer}, or of another arena, were given for layer {layer}"
-    )
-    return 1
+    ))
 
 
 cdef int refuse_span(Copier self, Sources sources, const span_t *bad) noexcept with gil:
-    self.error = ValueError(
+    return keep_error(self, ValueError(
         f"{bad.count} rows from {bad.row} of {sources.rows} do not fit into slots from {bad.slot} "
         f"of {self.num_blocks * self.block_size}"
-    )
-    return 1
+    ))
 
 
 cdef int wait(Copier self) noexcept with gil:
     try:
         self.wait()
     except BaseException as error:
-        self.error = error
-        return 1
+        return keep_error(self, error)
     return 0
 
 
@@ -235,8 +240,7 @@ cdef int move_by_graph(Copier self, const move_t *moves, int64_t count) noexcept
     try:
         self.graph.move([(moves[i].source, moves[i].destination, moves[i].blocks) for i in range(count)])
     except BaseException as error:
-        self.error = error
-        return 1
+        return keep_error(self, error)
     return 0
 
 
@@ -248,8 +252,7 @@ cdef int write_by_graph(
             sources.arrays, layer, [(spans[i].row, spans[i].slot, spans[i].count) for i in range(count)]
         )
     except BaseException as error:
-        self.error = error
-        return 1
+        return keep_error(self, error)
     return 0
 
 
@@ -354,11 +357,6 @@ cdef plane_t *plane_at(Copier self, int64_t layer, int64_t index) except NULL:
     return &self.planes[self.first[layer] + index]
 
 
-cdef raise_kept(Copier self):
-    error, self.error = self.error, None
-    raise error
-
-
 @cython.auto_pickle(False)
 cdef class Copier:
     """Copier(layers, block_size, wait=None, graph=None)\n--\n
@@ -379,6 +377,7 @@ cdef class Copier:
     """
 
     def __cinit__(self, layers, int64_t block_size, wait=None, graph=None):
+        self.errors = {}
         self.num_layers = len(layers)
         self.block_size = block_size
         self.wait, self.waits = wait, wait is not None
@@ -396,6 +395,10 @@ cdef class Copier:
     def __dealloc__(self):
         free(self.planes)
         free(self.first)
+
+    cdef object take_error(self):
+        """What this thread's last failed call raised."""
+        return self.errors.pop(kv_thread(), None) or KVCacheError("the arena could not move or write")
 
     def move(self, moves):
         """Copy runs of blocks, ``(source, destination, blocks)`` each, one after another in every plane.
@@ -418,7 +421,7 @@ cdef class Copier:
         finally:
             free(list_)
         if status:
-            raise_kept(self)
+            raise self.take_error()
 
     def write(self, Sources sources not None, int64_t layer, spans):
         """Copy rows of `sources` into the planes of `layer`; a span is ``(row, slot, count)``.
@@ -442,7 +445,7 @@ cdef class Copier:
         finally:
             free(list_)
         if status:
-            raise_kept(self)
+            raise self.take_error()
 
     def read(self, int64_t layer, int64_t index, const int32_t[::1] block_table, int64_t tokens, out):
         """Copy the first `tokens` tokens of the blocks in `block_table` to `out`.

@@ -1,4 +1,4 @@
-"""Token ids as callers give them: what is one, and what is not."""
+"""Counts and token ids as callers give them: what is one, and what is not."""
 
 import numpy as np
 
@@ -87,3 +87,31 @@ cdef object tokens_of_array(object ids):
         position = int(wrong.argmax())
         raise ValueError(f"token id at position {position} is {ids[position]}, ids are 0 to {INT32_MAX}")
     return ids.astype(np.int32)
+
+
+cdef object counts_array(object counts, int64_t size):
+    """One int32 count per member."""
+    if isinstance(counts, (str, bytes)) or not hasattr(counts, "__len__"):
+        return np.full(size, min(as_count(counts, "counts", 0), 2**31 - 1), np.int32)
+    if len(counts) != size:
+        raise ValueError(f"{len(counts)} counts for {size} members")
+    items = counts.tolist() if isinstance(counts, np.ndarray) else counts
+    return np.array([min(as_count(count, "counts", 0), 2**31 - 1) for count in items], np.int32)
+
+
+cdef int check_tokens(object tokens, int64_t asked, int64_t members) except -1:
+    """Ids for every token asked for: flat, or a row for each member."""
+    rows = None
+    if getattr(tokens, "ndim", 1) == 2:
+        rows = np.asarray(tokens).tolist()
+    elif isinstance(tokens, (list, tuple)) and tokens and isinstance(tokens[0], (list, tuple)):
+        rows = tokens
+    if rows is None:
+        flat = as_tokens(tokens)
+    else:
+        if len(rows) != members or any([len(row) * members != asked for row in rows]):
+            raise ValueError(f"token ids of shape {np.shape(rows)} for {asked} tokens asked for by {members} members")
+        flat = as_tokens([token for row in rows for token in row])
+    if len(flat) != asked:
+        raise ValueError(f"{len(flat)} token ids for {asked} tokens asked for")
+    return 0

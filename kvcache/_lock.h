@@ -110,4 +110,28 @@ static inline int kv_lock_is_mine(kv_lock_t *lock)
     return __atomic_load_n(&lock->runner, __ATOMIC_RELAXED) == kv_thread();
 }
 
+/* A turn that one thread has at a time; all zero is a turn that nobody has. Who waits for it says so before it tries
+ * once more, and sleeps in kv_lock_wait of a lock; who gives it up and is told of waiters wakes them there. */
+typedef struct {
+    uintptr_t thread;
+    int64_t waiters;
+} kv_turn_t;
+
+static inline int kv_turn_take(kv_turn_t *turn)
+{
+    uintptr_t nobody = 0;
+    return __atomic_compare_exchange_n(&turn->thread, &nobody, kv_thread(), 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+}
+
+static inline int kv_turn_give(kv_turn_t *turn)
+{
+    __atomic_store_n(&turn->thread, 0, __ATOMIC_SEQ_CST);
+    return __atomic_load_n(&turn->waiters, __ATOMIC_SEQ_CST) != 0;
+}
+
+static inline void kv_turn_wants(kv_turn_t *turn, int change)
+{
+    __atomic_fetch_add(&turn->waiters, change, __ATOMIC_SEQ_CST);
+}
+
 #endif

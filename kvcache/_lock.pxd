@@ -15,3 +15,8 @@ cdef extern from "_lock.h" nogil:
     void kv_lock_wake(kv_lock_t *lock)
     void kv_lock_runs_python(kv_lock_t *lock, bint run)
     bint kv_lock_is_mine(kv_lock_t *lock)
+    ctypedef struct kv_turn_t:
+        uintptr_t thread
+    bint kv_turn_take(kv_turn_t *turn)
+    bint kv_turn_give(kv_turn_t *turn)
+    void kv_turn_wants(kv_turn_t *turn, int change)

@@ -54,6 +54,9 @@ ctypedef struct pool_t:
     int64_t num_limbo
     int64_t limbo_capacity
     int64_t limbo_blocks
+    extent_t *kept          # (block, tokens from its beginning): content of blocks still in use, let go under a hold
+    int64_t num_kept        # until the last hold ends; then 0
+    int64_t kept_capacity
     holder_t *holders       # threads that hold
     int64_t num_holders
     int64_t holder_capacity
@@ -115,6 +118,10 @@ cdef inline status_t may_move(const pool_t *pool, bint patient) noexcept nogil:
         return BUSY
     return HELD if pool.num_holders else OK
 
+cdef inline bint overwrites_held(const pool_t *pool, int32_t who, int64_t mark, int64_t start) noexcept nogil:
+    """Whether a write from position `start` on would overwrite what has been written, beneath a hold."""
+    return pool.num_holders > 0 and start < pool.marks[who * pool.num_marks + mark]
+
 cdef inline void note_peak(pool_t *pool) noexcept nogil:
     pool.peak_used = max(pool.peak_used, used_blocks(pool))
 
@@ -128,8 +135,11 @@ cdef int reserve_table(seq_t *seq, int64_t entries) noexcept nogil
 cdef handle_t enter(pool_t *pool, int64_t tokens, int64_t limit) noexcept nogil
 cdef void leave(pool_t *pool, int32_t who) noexcept nogil
 cdef void refresh(pool_t *pool, int32_t who) noexcept nogil
+cdef int64_t committed_tokens(const pool_t *pool, int32_t who) noexcept nogil
 cdef void give_back(pool_t *pool, int64_t start, int64_t length) noexcept nogil
 cdef void end_of_holds(pool_t *pool) noexcept nogil
 cdef holder_t *my_hold(pool_t *pool) noexcept nogil
 cdef status_t release_mine(pool_t *pool) noexcept nogil
-cdef int reserve_limbo(pool_t *pool, int64_t blocks) noexcept nogil
+cdef int reserve_for_holds(pool_t *pool, int64_t blocks) noexcept nogil
+cdef void keep_content(pool_t *pool, int64_t block, int64_t tokens) noexcept nogil
+cdef bint tail_is_kept(const pool_t *pool, int32_t who) noexcept nogil

@@ -40,6 +40,7 @@ cdef void pool_destroy(pool_t *pool) noexcept nogil:
     free(pool.writers)
     free(pool.marks)
     free(pool.limbo)
+    free(pool.kept)
     free(pool.spans.items)
     free(pool.holders)
     free(pool.deferred)
@@ -145,10 +146,20 @@ cdef void refresh(pool_t *pool, int32_t who) noexcept nogil:
     if pool.paged:
         tail = seq.table[seq.blocks - 1]
     hot.base = <int32_t>((tail - (seq.blocks - 1)) * size)
-    if pool.paged and pool.refs[tail] > 1:
-        hot.soft = hot.tokens  # the block is copied before anything is appended to it
+    if pool.paged and pool.refs[tail] > 1 or tail_is_kept(pool, who):
+        hot.soft = hot.tokens  # the block is copied, or a hold waited for, before anything is appended to it
     else:
         hot.soft = <int32_t>min(<int64_t>seq.limit, seq.blocks * size)
+
+
+cdef int64_t committed_tokens(const pool_t *pool, int32_t who) noexcept nogil:
+    """The least of the written prefixes."""
+    cdef const int32_t *marks = &pool.marks[who * pool.num_marks]
+    cdef int32_t least = pool.space.hot[who].tokens
+    cdef int64_t mark
+    for mark in range(pool.num_marks):
+        least = min(least, marks[mark])
+    return least
 
 
 # ---- blocks that nobody holds
@@ -175,7 +186,7 @@ cdef void end_of_holds(pool_t *pool) noexcept nogil:
         give_back(pool, pool.limbo[index].start, pool.limbo[index].length)
     if pool.num_limbo:
         pool.changes += 1
-    pool.num_limbo = pool.limbo_blocks = 0
+    pool.num_limbo = pool.limbo_blocks = pool.num_kept = 0
 
 
 cdef holder_t *my_hold(pool_t *pool) noexcept nogil:
@@ -202,16 +213,46 @@ cdef status_t release_mine(pool_t *pool) noexcept nogil:
     return OK
 
 
-cdef int reserve_limbo(pool_t *pool, int64_t blocks) noexcept nogil:
-    """Room for what giving back so many blocks enters, if anybody holds."""
-    cdef int64_t entries = pool.num_limbo + (blocks if pool.paged else 1)
-    cdef void *limbo
-    if pool.num_holders == 0 or entries <= pool.limbo_capacity:
+cdef int reserve_for_holds(pool_t *pool, int64_t blocks) noexcept nogil:
+    """Room for what letting go of so many blocks, or of a part of one more, enters if anybody holds."""
+    if pool.num_holders == 0:
         return 0
-    entries = max(entries, 2 * pool.limbo_capacity)
-    limbo = realloc(pool.limbo, entries * sizeof(extent_t))
-    if limbo == NULL:
+    if reserve_extents(&pool.kept, &pool.kept_capacity, pool.num_kept + blocks + 1):
         return -1
-    pool.limbo = <extent_t *>limbo
-    pool.limbo_capacity = entries
+    return reserve_extents(&pool.limbo, &pool.limbo_capacity, pool.num_limbo + (blocks if pool.paged else 1))
+
+
+cdef int reserve_extents(extent_t **extents, int64_t *capacity, int64_t entries) noexcept nogil:
+    cdef void *grown
+    if entries <= capacity[0]:
+        return 0
+    entries = max(entries, 2 * capacity[0])
+    grown = realloc(extents[0], entries * sizeof(extent_t))
+    if grown == NULL:
+        return -1
+    extents[0] = <extent_t *>grown
+    capacity[0] = entries
     return 0
+
+
+cdef void keep_content(pool_t *pool, int64_t block, int64_t tokens) noexcept nogil:
+    """Under a hold: the first `tokens` tokens of a block in use are not overwritten before it ends; room is reserved."""
+    if pool.num_holders:
+        pool.kept[pool.num_kept] = extent_t(start=<int32_t>block, length=<int32_t>tokens)
+        pool.num_kept += 1
+
+
+cdef bint tail_is_kept(const pool_t *pool, int32_t who) noexcept nogil:
+    """Whether the next token would overwrite, in a block of the sequence's own, what a hold keeps."""
+    cdef const seq_t *seq = &pool.space.seqs[who]
+    cdef int64_t index, tail, used
+    if pool.num_kept == 0 or seq.blocks == 0:
+        return False
+    tail = seq.table[seq.blocks - 1] if pool.paged else seq.start + seq.blocks - 1
+    if pool.paged and pool.refs[tail] > 1:
+        return False
+    used = pool.space.hot[who].tokens - (seq.blocks - 1) * pool.space.block_size
+    for index in range(pool.num_kept):
+        if pool.kept[index].start == tail and pool.kept[index].length > used:
+            return True
+    return False

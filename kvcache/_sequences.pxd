@@ -14,6 +14,5 @@ cdef status_t cut(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil
 cdef status_t change_limit(pool_t *pool, int32_t who, int64_t limit) noexcept nogil
 cdef status_t split(pool_t *pool, handle_t parent, bint patient, handle_t *child) noexcept nogil
 cdef void ungrow(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil
-cdef int64_t committed_tokens(const pool_t *pool, int32_t who) noexcept nogil
 cdef void raise_marks(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil
 cdef void mark_written(pool_t *pool, int32_t who, int64_t mark, int64_t start, int64_t count) noexcept nogil

@@ -25,17 +25,20 @@ from kvcache._placement cimport (
 from kvcache._pool cimport (
     BELOW_USED,
     BUSY,
+    HELD,
     NO_MEMORY,
     NO_ROOM,
     OK,
     PAST_LIMIT,
     STALE,
     ceil_div,
+    committed_tokens,
     enter,
     find_room,
     give_back,
     handle_t,
     is_live,
+    keep_content,
     leave,
     may_move,
     move_bytes,
@@ -46,9 +49,11 @@ from kvcache._pool cimport (
     pool_t,
     refresh,
     release_mine,
-    reserve_limbo,
+    reserve_for_holds,
     reserve_table,
+    slot_of,
     status_t,
+    tail_is_kept,
 )
 from kvcache._sharing cimport (
     breaks_in,
@@ -186,7 +191,7 @@ cdef status_t retire(pool_t *pool, handle_t handle) noexcept nogil:
     if not is_live(pool, handle):
         return STALE
     seq = &pool.space.seqs[who]
-    if reserve_limbo(pool, seq.blocks):
+    if reserve_for_holds(pool, seq.blocks):
         return NO_MEMORY
     pool.claims -= growth_of(&pool.space, seq)
     drop_tail(pool, who, 0)
@@ -204,7 +209,7 @@ cdef void drop_tail(pool_t *pool, int32_t who, int64_t keep) noexcept nogil:
         return
     if pool.paged:
         writer = is_writer(pool, who, pool.space.hot[who].tokens, seq.limit)
-        drop_blocks(pool, seq.table, keep, blocks, writer)
+        drop_blocks(pool, who, keep, writer)
         seq.breaks = breaks_in(seq, 0, keep)
     else:
         give_back(pool, seq.start + keep, blocks - keep)
@@ -226,6 +231,8 @@ cdef status_t append(pool_t *pool, int32_t who, int64_t count, bint patient) noe
     if count == 0:
         return OK
     if hot.tokens + count > hot.soft:
+        if tail_is_kept(pool, who):
+            return HELD
         need = ceil_div(hot.tokens + count, pool.space.block_size) - seq.blocks
         status = grow_paged(pool, who, need, patient) if pool.paged else grow_run(pool, who, need, patient)
         if status != OK:
@@ -240,6 +247,9 @@ cdef status_t grow_run(pool_t *pool, int32_t who, int64_t more, bint patient) no
     cdef status_t status = find_room(pool, more)
     if status != OK:
         return status
+    if more == 0:  # the block has room, and the hold that kept it has ended
+        refresh(pool, who)
+        return OK
     if seq.blocks == 0:
         status = plan_run(pool, more, growth_of(&pool.space, seq) - more, patient)
         if status == OK:
@@ -314,12 +324,13 @@ cdef status_t cut(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil:
     """Keeps the first `tokens` tokens; NO_ROOM when others hold what is let go and the new claim does not fit."""
     cdef seq_t *seq = &pool.space.seqs[who]
     cdef hot_t *hot = &pool.space.hot[who]
-    cdef int64_t keep = ceil_div(tokens, pool.space.block_size)
+    cdef int64_t size = pool.space.block_size
+    cdef int64_t keep = ceil_div(tokens, size)
     cdef int64_t dropped = seq.blocks - keep
     cdef bint was, will
     if tokens == hot.tokens:
         return OK
-    if reserve_limbo(pool, dropped):
+    if reserve_for_holds(pool, dropped):
         return NO_MEMORY
     if pool.paged:
         if over_budget_after_cut(pool, who, tokens):
@@ -331,6 +342,9 @@ cdef status_t cut(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil:
             change_holders(pool, seq.table[keep - 1], 0, 1)
     else:
         drop_tail(pool, who, keep)
+    if tokens % size:
+        keep_content(pool, slot_of(pool, who, tokens) // size,
+                     min(<int64_t>hot.tokens, keep * size) - (keep - 1) * size)
     pool.claims += dropped
     seq.version += 1
     hot.tokens = <int32_t>tokens
@@ -366,16 +380,6 @@ cdef status_t change_limit(pool_t *pool, int32_t who, int64_t limit) noexcept no
 
 
 # ---- what has been written
-
-cdef int64_t committed_tokens(const pool_t *pool, int32_t who) noexcept nogil:
-    """The least of the written prefixes."""
-    cdef const int32_t *marks = &pool.marks[who * pool.num_marks]
-    cdef int32_t least = pool.space.hot[who].tokens
-    cdef int64_t mark
-    for mark in range(pool.num_marks):
-        least = min(least, marks[mark])
-    return least
-
 
 cdef void raise_marks(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil:
     cdef int32_t *marks = &pool.marks[who * pool.num_marks]

@@ -7,19 +7,24 @@ from kvcache._moves cimport move_t
 from kvcache._placement cimport plan_reserve, seq_t
 from kvcache._pool cimport (
     BUSY,
+    HELD,
     MOVE_FAILED,
     NO_MEMORY,
     NO_ROOM,
     OK,
     ceil_div,
+    committed_tokens,
     find_room,
     give_back,
     held_blocks,
+    keep_content,
     move_bytes,
+    my_hold,
     note_peak,
     over_budget,
     pool_t,
     refresh,
+    reserve_for_holds,
     status_t,
 )
 
@@ -35,21 +40,24 @@ cdef void change_holders(pool_t *pool, int64_t block, int32_t refs, int32_t writ
     pool.claims += after - before
 
 
-cdef void drop_block(pool_t *pool, int64_t block, bint writer) noexcept nogil:
-    """One holder less; the last one gives the block back."""
+cdef void drop_block(pool_t *pool, int64_t block, int64_t tokens, bint writer) noexcept nogil:
+    """One holder, of so many tokens in it, less; the last one gives the block back. Room for holds is reserved."""
     if pool.refs[block] > 1:
         change_holders(pool, block, -1, -1 if writer else 0)
+        keep_content(pool, block, tokens)
         return
     pool.refs[block] = 0
     give_back(pool, block, 1)
 
 
-cdef void drop_blocks(pool_t *pool, const int32_t *table, int64_t first, int64_t end, bint writer) noexcept nogil:
-    """Drops table[first:end]; neighbours that nobody else holds go together."""
-    cdef int64_t index = first, run
+cdef void drop_blocks(pool_t *pool, int32_t who, int64_t first, bint writer) noexcept nogil:
+    """Drops a sequence's blocks from `first` on; neighbours that nobody else holds go together."""
+    cdef const int32_t *table = pool.space.seqs[who].table
+    cdef int64_t index = first, end = pool.space.seqs[who].blocks, run
+    cdef int64_t size = pool.space.block_size, tokens = pool.space.hot[who].tokens
     while index < end:
         if pool.refs[table[index]] > 1:
-            drop_block(pool, table[index], writer and index == end - 1)
+            drop_block(pool, table[index], min(size, tokens - index * size), writer and index == end - 1)
             index += 1
             continue
         run = index
@@ -133,7 +141,7 @@ cdef status_t own_blocks(pool_t *pool, int32_t who, int64_t first, int64_t last,
         return status
     if not patient:
         return BUSY
-    if plan_reserve(&pool.space.plan, wish.copies):
+    if plan_reserve(&pool.space.plan, wish.copies) or reserve_for_holds(pool, wish.copies):
         return NO_MEMORY
     return copy_shared(pool, who, first, last, wish.copies)
 
@@ -157,7 +165,7 @@ cdef status_t copy_shared(pool_t *pool, int32_t who, int64_t first, int64_t last
     copied = 0
     for index in range(first, last):
         if pool.refs[seq.table[index]] > 1:
-            drop_block(pool, seq.table[index], writer and index == seq.blocks - 1)
+            drop_block(pool, seq.table[index], min(size, tokens - index * size), writer and index == seq.blocks - 1)
             seq.table[index] = fresh[copied]
             pool.refs[fresh[copied]] = 1
             pool.copied_tokens += min(size, tokens - index * size)
@@ -185,6 +193,9 @@ cdef status_t share_blocks(pool_t *pool, int32_t who, int32_t twin, int64_t clai
             copies = 1
     if over_budget(pool, claim + copies):
         return NO_ROOM
+    if (pool.num_holders > (my_hold(pool) != NULL) and pool.move != NULL
+            and committed_tokens(pool, who) < pool.space.hot[who].tokens):
+        return HELD  # what another thread's step still writes would be written to a copy
     for index in range(seq.blocks):
         block = seq.table[index]
         if pool.refs[block] == 1:

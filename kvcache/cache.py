@@ -102,6 +102,7 @@ class KVCache(CacheCore):
         return f"KVCache({self.spec!r}, backend={self.backend!r}, placement={self.placement!r})"
 
     def __enter__(self):
+        self._require_open()
         return self
 
     def __exit__(self, *exception):
@@ -162,18 +163,23 @@ class KVCache(CacheCore):
 
     def _views(self, request_id, layer, indices, copy):
         slot, tokens, shared = self._locate(request_id)
-        arena = self.arena
-        arena.note_stream()
-        if slot < 0:
-            if copy is not None and not copy:
-                raise ValueError(
-                    f"{request_id!r} is scattered over several runs of blocks: a view of it is a copy"
-                )
-            table, tokens = self._table(request_id)
-            return tuple([arena.gather(layer, index, table, tokens) for index in indices])
-        if copy:
-            return tuple([arena.copy_of(layer, index, slot, tokens) for index in indices])
-        return tuple([arena.view(layer, index, slot, tokens, not shared) for index in indices])
+        self.arena.note_stream()
+        if slot >= 0 and not copy:
+            view = self.arena.view
+            return tuple([view(layer, index, slot, tokens, not shared) for index in indices])
+        if copy is not None and not copy:
+            raise ValueError(
+                f"{request_id!r} is scattered over several runs of blocks: a view of it is a copy"
+            )
+        with self.hold():  # the bytes stay where they are while they are copied
+            return self._copies(request_id, layer, indices)
+
+    def _copies(self, request_id, layer, indices):
+        slot, tokens, _ = self._locate(request_id)
+        if slot >= 0:
+            return tuple([self.arena.copy_of(layer, index, slot, tokens) for index in indices])
+        table, tokens = self._table(request_id)
+        return tuple([self.arena.gather(layer, index, table, tokens) for index in indices])
 
     def write(self, request_id, layer, *planes, start=None):
         """Write K/V of consecutive tokens of a sequence.
@@ -303,10 +309,9 @@ class DecodeBatch(BatchCore):
     def _device_arrays(self):
         made = getattr(self, "_made", None)
         if made is None or made[0] != self.generation:
-            slots, positions = self.slots, self.positions
-            granted = slots >= 0
+            generation, slots, positions = self._granted()
             on_device = self.cache.arena.device_array
-            made = self._made = self.generation, on_device(slots[granted]), on_device(positions[granted])
+            made = self._made = generation, on_device(slots), on_device(positions)
         return made
 
 

@@ -66,6 +66,9 @@ class Model:
         self.num_layers = num_layers
         self.sequences: dict[object, Sequence] = {}
         self.limbo: frozenset[Block] = frozenset()  # freed under a hold
+        self.kept: frozenset[tuple[Block, int]] = (
+            frozenset()
+        )  # places in blocks still in use, let go under a hold
         self.holds = 0
         self.serial = 0
         self.peak_used_blocks = 0
@@ -125,11 +128,30 @@ class Model:
         return GRANTED
 
     def become(self, after):
-        dropped = self.held_by(self.sequences) - self.held_by(after)
-        self.sequences = after
         if self.holds:
-            self.limbo |= dropped
+            self.limbo |= self.held_by(self.sequences) - self.held_by(after)
+            self.kept |= self.let_go(after)
+        self.sequences = after
         self.peak_used_blocks = max(self.peak_used_blocks, self.used_blocks)
+
+    def let_go(self, after):
+        """Places of tokens that no longer belong to the sequence that had them, in blocks still in use."""
+        used, places = self.held_by(after), set()
+        for request_id, before in self.sequences.items():
+            now = after.get(request_id)
+            same = now is not None and now.serial == before.serial
+            for position in range(before.tokens):
+                block = before.blocks[position // self.block_size]
+                kept = same and position < now.tokens and now.blocks[position // self.block_size] is block
+                if block in used and not kept:
+                    places.add((block, position % self.block_size))
+        return places
+
+    def overwrites_kept(self, sequence, block, count):
+        """Whether appending writes, in a last block of its own, where something is kept by a hold."""
+        first = sequence.tokens % self.block_size
+        places = range(first, min(first + count, self.block_size)) if first else ()
+        return any((block, place) in self.kept for place in places)
 
     def attempt(self, after, without_moves=True):
         verdict = self.verdict(after, without_moves)
@@ -245,6 +267,8 @@ class Model:
         if sequence.tokens % self.block_size and self.is_shared(blocks[-1]):
             blocks[-1] = Block()
             copied = sequence.tokens % self.block_size
+        elif blocks and self.overwrites_kept(sequence, blocks[-1], count):
+            return HELD
         more = self.blocks_for(sequence.tokens + count) - len(blocks)
         in_place = self.has_room_after(sequence, more)
         blocks += [Block() for _ in range(more)]
@@ -291,6 +315,11 @@ class Model:
 
     def write_many(self, writes):
         """Writes all or nothing: entries are (request_id, layer, start, rows)."""
+        if self.holds and any(
+            rows and start < self.sequences[request_id].written[layer]
+            for request_id, layer, start, rows in writes
+        ):
+            return HELD
         after, copied = dict(self.sequences), 0
         for request_id, layer, start, rows in writes:
             after[request_id], copies = self.written(after, after[request_id], layer, start, rows)
@@ -333,13 +362,27 @@ class Model:
     def release(self):
         self.holds -= 1
         if not self.holds:
-            self.limbo = frozenset()
+            self.limbo = self.kept = frozenset()
 
     @contextmanager
     def rehearsal(self):
         """Whatever is done inside is undone afterwards."""
-        kept = self.sequences, self.limbo, self.serial, self.peak_used_blocks, self.copied_tokens
+        before = (
+            self.sequences,
+            self.limbo,
+            self.kept,
+            self.serial,
+            self.peak_used_blocks,
+            self.copied_tokens,
+        )
         try:
             yield
         finally:
-            self.sequences, self.limbo, self.serial, self.peak_used_blocks, self.copied_tokens = kept
+            (
+                self.sequences,
+                self.limbo,
+                self.kept,
+                self.serial,
+                self.peak_used_blocks,
+                self.copied_tokens,
+            ) = before

@@ -2,6 +2,7 @@
 
 import pickle
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -280,3 +281,119 @@ def test_a_batch_append_that_needs_a_held_block_changes_nothing(make_cache, plac
             batch.append()
         assert batch.lengths.tolist() == [3, 4]
     assert batch.append().tolist() == [True, True]
+
+
+# ---- what is held is not overwritten
+
+
+def values(count, start):
+    return np.arange(start, start + count, dtype=np.float32)[None, :, None] * np.ones((2, 1, 4), np.float32)
+
+
+def with_written(make_cache, placement, tokens=7):
+    cache = make_cache(placement=placement, overcommit=2.0)
+    cache.allocate_for("a", tokens, max_tokens=20)
+    for layer in range(2):
+        cache.write("a", layer, values(tokens, 0), values(tokens, 100))
+    return cache
+
+
+@BOTH
+def test_what_is_cut_inside_a_block_is_not_written_again_under_a_hold(make_cache, placement):
+    cache = with_written(make_cache, placement)
+    with cache.hold():
+        seen = cache.get_k_view("a", 0)
+        before = seen.copy()
+        cache.truncate("a", 5)
+        with unchanged(cache):
+            pytest.raises(CacheHeld, cache.append_token, "a")
+            pytest.raises(CacheHeld, cache.batch(["a"]).append)
+        assert np.array_equal(seen, before)
+    assert cache.append_token("a") and cache.used_tokens("a") == 6
+
+
+@BOTH
+def test_a_thread_that_would_write_over_what_is_cut_waits_for_the_hold(make_cache, placement):
+    cache = with_written(make_cache, placement)
+    with cache.hold():
+        cache.truncate("a", 5)
+        other = Elsewhere(lambda: cache.append_tokens("a", 3))
+        assert other.waits() and cache.used_tokens("a") == 5
+    assert other.result() is True and cache.used_tokens("a") == 8
+
+
+@BOTH
+def test_what_has_been_written_is_not_overwritten_under_a_hold(make_cache, placement):
+    cache = with_written(make_cache, placement)
+    batch = cache.batch(["a"])
+    batch.append()
+    with cache.hold():
+        seen = cache.get_k_view("a", 0)
+        before = seen[:, :7].copy()
+        with unchanged(cache):
+            pytest.raises(CacheHeld, cache.write, "a", 0, values(2, 50), values(2, 50), start=3)
+        row = np.ones((1, 2, 4), np.float32)
+        batch.write(0, row, row)  # a slot that nothing has been written to
+        assert np.array_equal(seen[:, :7], before) and (seen[:, 7] == 1).all()
+        with unchanged(cache):
+            pytest.raises(CacheHeld, batch.write, 0, row, row)
+    cache.write("a", 0, values(2, 50), values(2, 50), start=3)
+    assert (cache.get_k_view("a", 0)[:, 3] == 50).all()
+
+
+def test_a_shared_block_that_its_other_holder_leaves_under_a_hold_keeps_its_content(make_cache):
+    cache = with_written(make_cache, "paged")
+    cache.fork("a", "b")
+    cache.truncate("b", 5)
+    with cache.hold():
+        seen = cache.get_k_view("a", 0)
+        before = seen.copy()
+        cache.free_for("a")
+        with unchanged(cache):
+            pytest.raises(CacheHeld, cache.append_token, "b")
+        assert np.array_equal(seen, before)
+    assert cache.append_token("b")
+
+
+def test_a_fork_waits_for_the_step_that_still_writes_its_parent(make_cache):
+    cache = with_written(make_cache, "paged")
+    batch = cache.batch(["a"])
+    batch.append()
+    with cache.hold():
+        slots = batch.slots.tolist()
+        other = Elsewhere(lambda: cache.fork("a", "b"))
+        assert other.waits()
+        row = np.ones((1, 2, 4), np.float32)
+        for layer in range(2):
+            batch.write(layer, row, row)
+        assert batch.slots.tolist() == slots
+    assert other.result().cached_tokens == 8
+    assert (cache.get_k_view("b", 1)[:, 7] == 1).all()
+
+
+@BOTH
+def test_copies_of_views_are_never_torn_by_threads_that_move_and_write(make_cache, placement):
+    """Every token of a sequence has one value at any time: a copy shows one such moment."""
+    cache = make_cache(1, 1, 64, 8192, 4, placement=placement, overcommit=4.0)
+    cache.allocate_for("a", 2000, max_tokens=2400)
+    cache.write("a", 0, *[np.zeros((1, 2000, 64), np.float32)] * 2)
+    stop, torn = time.monotonic() + 1.5, []
+
+    def shake():
+        number = 0
+        while time.monotonic() < stop:
+            number += 1
+            tokens = cache.used_tokens("a")
+            rows = np.full((1, tokens, 64), number, np.float32)
+            cache.write("a", 0, rows, rows, start=0)
+            if cache.allocate_for(number, 1 + number % 900, max_tokens=1000):
+                cache.append_tokens("a", 4) or cache.truncate("a", 2000)
+                cache.free_for(number - 3)
+
+    other = Elsewhere(shake)
+    while time.monotonic() < stop:
+        shown = cache.get_k_view("a", 0, copy=True)[0, :2000]
+        if len({float(value) for value in shown[::97, 0]}) > 1:
+            torn.append(shown)
+    other.result()
+    assert not torn

@@ -94,7 +94,7 @@ def test_a_wait_that_fails_is_raised_and_nothing_is_written(layers):
     layers[0]["k"][:, :3] = 7
     with pytest.raises(KeyboardInterrupt):
         copier.move([(0, 1, 1)])
-    assert copier.error is None and layers[0]["k"].sum() == 7 * 24
+    assert layers[0]["k"].sum() == 7 * 24
     copier.write(Sources(copier, 0, rows()), 0, [(0, 0, 1)])  # new slots: no wait
     sources = Sources(copier, 0, rows())
     sources.overwrites = True
@@ -139,7 +139,6 @@ def test_what_the_graph_raises_is_raised(layers):
         copier.move([(0, 1, 1)])
     with pytest.raises(OSError, match="gone"):
         copier.write(Sources(copier, 0, rows()), 0, [(0, 0, 1)])
-    assert copier.error is None
 
 
 def test_the_graph_is_not_asked_for_what_leaves_the_arena(layers):
@@ -268,3 +267,31 @@ def test_other_threads_run_while_bytes_are_copied():
     stop.set()
     thread.join()
     assert sum(start < at < end for at in ticks) > 5
+
+
+def test_each_thread_gets_the_error_of_its_own_call(layers):
+    """Calls that fail at the same time do not exchange what they raise."""
+    here = threading.local()
+    both = threading.Barrier(2)
+
+    def wait():
+        both.wait()
+        raise OSError(here.name)
+
+    copier = Copier(layers, 3, wait)
+    caught = {}
+
+    def fail(name):
+        here.name = name
+        for _ in range(200):
+            try:
+                copier.move([(0, 1, 1)])
+            except OSError as error:
+                caught.setdefault(name, set()).add(str(error))
+
+    threads = [threading.Thread(target=fail, args=(name,), daemon=True) for name in ("one", "two")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert caught == {"one": {"one"}, "two": {"two"}}

@@ -229,7 +229,6 @@ def test_a_wait_that_fails_leaves_everything_as_it_was(arena, monkeypatch):
     for call in (lambda: arena.copier.move([(0, 5, 2)]), lambda: arena.copier.write(sources, 0, [(0, 0, 3)])):
         with pytest.raises(RuntimeError, match="command buffer"):
             call()
-        assert arena.copier.error is None
     monkeypatch.undo()
     assert [values(plane) for plane in (*arena.k, *arena.v)] == before
     arena.copier.move([(0, 5, 2)])
