@@ -236,7 +236,7 @@ cdef int reserve_extents(extent_t **extents, int64_t *capacity, int64_t entries)
 
 
 cdef void keep_content(pool_t *pool, int64_t block, int64_t tokens) noexcept nogil:
-    """Under a hold: the first `tokens` tokens of a block in use are not overwritten before it ends; room is reserved."""
+    """Under a hold: the first `tokens` tokens of a block in use are not overwritten before its end; room is reserved."""
     if pool.num_holders:
         pool.kept[pool.num_kept] = extent_t(start=<int32_t>block, length=<int32_t>tokens)
         pool.num_kept += 1
