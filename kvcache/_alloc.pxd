@@ -10,6 +10,7 @@ from kvcache._calls cimport (
     pool_append,
     pool_close,
     pool_commit,
+    pool_compact,
     pool_fork,
     pool_free,
     pool_hold,

@@ -13,7 +13,7 @@ from cpython.bytearray cimport PyByteArray_AS_STRING
 from libc.stdint cimport INT64_MAX, int32_t, int64_t
 
 from kvcache._blocks cimport draw_blocks, largest_free_run
-from kvcache._calls cimport wait_for_holds
+from kvcache._calls cimport pool_compact, wait_for_holds
 from kvcache._check cimport check_pool
 from kvcache._copy cimport copier_move
 from kvcache._ids cimport as_count, as_token, as_tokens, is_count
@@ -23,6 +23,7 @@ from kvcache._lock cimport (
     kv_lock_runs_python,
     kv_lock_try,
 )
+from kvcache._placement cimport held
 from kvcache._runs cimport block_map_text, fragmentation_of
 from kvcache._pool cimport (
     ceil_div,
@@ -168,8 +169,10 @@ cdef class Hold:
 cdef class CacheCore:
     """The bookkeeping of a cache: which sequence holds which blocks, and what it may still ask for."""
 
-    def __init__(self, num_blocks, block_size, *, paged, overcommit, num_marks, copier=None):
-        """`copier` moves the bytes (None: there are none); `num_marks` written prefixes are kept per sequence."""
+    def __init__(self, num_blocks, block_size, *, paged, overcommit, num_marks, most_moved=None, copier=None):
+        """`copier` moves the bytes (None: there are none); `num_marks` written prefixes are kept per sequence; one call
+        moves at most `most_moved` used tokens (None: as many as it takes).
+        """
         cdef double budget
         if self.opened:
             raise KVCacheError("a cache is made once: __init__ has been called before")
@@ -181,6 +184,7 @@ cdef class CacheCore:
             pool_destroy(&self.pool)
             raise MemoryError(f"no memory for the bookkeeping of {num_blocks} blocks")
         self.opened = True
+        self.pool.most_moved = -1 if most_moved is None else <int64_t>most_moved
         if copier is not None:
             self.copier = copier
             self.pool.move, self.pool.arena = copier_move, <void *>self.copier
@@ -538,14 +542,14 @@ cdef class CacheCore:
     def capacity(self, request_id):
         """Tokens that the blocks held now have room for."""
         cdef int who = self.live(self.find(request_id))
-        cdef int64_t blocks = self.pool.space.seqs[who].blocks
+        cdef int64_t blocks = held(&self.pool.space.seqs[who])
         pool_unlock(&self.pool)
         return blocks * self.pool.space.block_size
 
     def is_contiguous(self, request_id):
         """Whether the sequence's blocks are one run, so that its views copy nothing. An empty sequence is."""
         cdef int who = self.live(self.find(request_id))
-        cdef bint scattered = self.pool.paged and self.pool.space.seqs[who].breaks > 0
+        cdef bint scattered = self.pool.space.seqs[who].breaks > 0
         pool_unlock(&self.pool)
         return not scattered
 
@@ -564,7 +568,7 @@ cdef class CacheCore:
             table = np.empty(room, np.int32)
             out = table
             who = self.live(found)
-            blocks = self.pool.space.seqs[who].blocks
+            blocks = held(&self.pool.space.seqs[who])
             tokens = self.pool.space.hot[who].tokens
             for index in range(min(blocks, room)):
                 out[index] = <int32_t>(slot_of(&self.pool, who, index * self.pool.space.block_size)
@@ -579,7 +583,7 @@ cdef class CacheCore:
         cdef int who = self.live(self.find(request_id))
         cdef int64_t slot = 0, tokens = self.pool.space.hot[who].tokens
         cdef bint shared = is_shared(&self.pool, who)
-        if self.pool.paged and self.pool.space.seqs[who].breaks:
+        if self.pool.space.seqs[who].breaks:
             slot = -1
         elif tokens:
             slot = slot_of(&self.pool, who, 0)
@@ -595,7 +599,7 @@ cdef class CacheCore:
         who = self.live(self.find(request_id))
         tokens = self.pool.space.hot[who].tokens
         slot = slot_of(&self.pool, who, 0) if tokens else 0
-        if self.pool.paged and (self.pool.space.seqs[who].breaks or is_shared(&self.pool, who)):
+        if self.pool.space.seqs[who].breaks or is_shared(&self.pool, who):
             slot = -1
         pool_unlock(&self.pool)
         return planes[layer][:, slot : slot + tokens] if slot >= 0 else None
@@ -676,6 +680,35 @@ cdef class CacheCore:
         """Live sequences."""
         return len(self.known())
 
+    def compact(self, budget_tokens=None):
+        """Moves runs together, before a large prompt or when there is nothing else to do.
+
+        Parameters
+        ----------
+        budget_tokens : int, optional
+            Used tokens that may be moved: scattered sequences become one run first, then gaps come together where that
+            makes the longest free run longest. By default everything is packed: one free run, at the end.
+
+        Returns
+        -------
+        int
+            Used tokens moved. 0 in paged placement, where nothing moves.
+
+        Raises
+        ------
+        CacheHeld
+            It would have to wait for this very thread's hold to end.
+        """
+        cdef int64_t most = -1 if budget_tokens is None else as_count(budget_tokens, "budget_tokens", 0)
+        cdef int64_t moved = 0
+        cdef status_t status
+        self.known()
+        self.before_waiting()
+        with nogil:
+            status = pool_compact(&self.pool, most, &moved)
+        self.answer(status, None)
+        return moved
+
     def hold(self):
         """A context manager: inside, nothing moves and nothing that is held is overwritten.
 
@@ -706,16 +739,15 @@ cdef class CacheCore:
 
     def _counters(self):
         """The pool's numbers, taken under the lock, as a tuple in the order of `CacheStats.of`."""
-        cdef int64_t live, there, longest, claims, peak, moves, moved, copied
         self.known()
         self.lock_pool()
-        live = self.pool.space.live
-        there = self.pool.space.blocks.free_blocks
-        longest = largest_free_run(&self.pool.space.blocks)
-        claims, peak = self.pool.claims, self.pool.peak_used
-        moves, moved, copied = self.pool.moves, self.pool.moved_tokens, self.pool.copied_tokens
+        cdef int64_t live = self.pool.space.live, there = self.pool.space.blocks.free_blocks
+        cdef int64_t longest = largest_free_run(&self.pool.space.blocks)
+        cdef int64_t claims = self.pool.claims, peak = self.pool.peak_used
+        cdef int64_t moves = self.pool.moves, moved = self.pool.moved_tokens, copied = self.pool.copied_tokens
+        cdef int64_t spills = self.pool.spills, heals = self.pool.heals, pause = self.pool.longest_pause
         pool_unlock(&self.pool)
-        return live, there, longest, claims, peak, moves, moved, copied
+        return live, there, longest, claims, peak, moves, moved, copied, spills, heals, pause
 
     @property
     def free_blocks(self):

@@ -27,7 +27,7 @@ from kvcache._lock cimport (
     kv_turn_take,
     kv_turn_wants,
 )
-from kvcache._placement cimport hot_t, seq_t
+from kvcache._placement cimport held, hot_t, seq_t
 from kvcache._pool cimport (
     BUSY,
     GONE,
@@ -38,6 +38,7 @@ from kvcache._pool cimport (
     STALE,
     ceil_div,
     is_live,
+    last_block,
     my_hold,
     overwrites_held,
     place_of,
@@ -76,11 +77,6 @@ cdef void keep_ints(int32_t *into, const int32_t *before, int64_t kept, int64_t 
     if kept:  # else there may be no entries to point at
         memcpy(into, before, head * sizeof(int32_t))
         memcpy(&into[head], &before[head + 1], (kept - head) * sizeof(int32_t))
-
-
-cdef inline int32_t last_block(const pool_t *pool, int32_t who) noexcept nogil:
-    """Paged: of a sequence that holds blocks."""
-    return pool.space.seqs[who].table[pool.space.seqs[who].blocks - 1]
 
 
 cdef class BatchCore:
@@ -430,11 +426,12 @@ cdef class BatchCore:
         """Every member's tokens, or, when the call cannot go on, none."""
         cdef pool_t *pool = &self.cache.pool
         cdef hot_t *hot
-        cdef int64_t index, peak = pool.peak_used
+        cdef int64_t index, peak = pool.peak_used, spills = pool.spills
         cdef int64_t moves = pool.moves, copied = pool.copied_tokens
         cdef uint64_t changes = pool.changes
         cdef status_t status = OK
         memset(got, 1, self.size)
+        pool.pause = 0
         self.num_touched = 0
         self.all_live = False
         self.unseen = self.seen != changes
@@ -452,7 +449,7 @@ cdef class BatchCore:
             if status != OK:
                 self.take_back(index, counts, got)
                 if pool.moves == moves and pool.copied_tokens == copied:  # else others have to look again
-                    pool.peak_used, pool.changes = peak, changes
+                    pool.peak_used, pool.changes, pool.spills = peak, changes, spills
                 return status
         pool.changes += 1
         return OK
@@ -497,7 +494,7 @@ cdef class BatchCore:
             if count == 0 or not is_live(pool, self.handles[index]):
                 continue
             tokens = pool.space.hot[who].tokens
-            need = ceil_div(tokens + count, pool.space.block_size) - pool.space.seqs[who].blocks
+            need = ceil_div(tokens + count, pool.space.block_size) - held(&pool.space.seqs[who])
             shared = tail_is_shared(pool, who)
             need += shared
             if tokens + count > pool.space.seqs[who].limit or need > there + pool.limbo_blocks:
@@ -592,7 +589,7 @@ cdef class BatchCore:
         cdef int64_t entry, end = self.first_of(index + 1)
         self.length[index] = tokens
         self.start[index] = -1
-        if tokens and not (pool.paged and pool.space.seqs[who].breaks):
+        if tokens and pool.space.seqs[who].breaks == 0:
             self.start[index] = <int32_t>slot_of(pool, who, 0)
         if live:
             self.versions[index] = pool.space.seqs[who].version
@@ -726,11 +723,11 @@ cdef class BatchCore:
             widest = 0
             for index in range(self.size):
                 if is_live(pool, self.handles[index]):
-                    widest = max(widest, <int64_t>pool.space.seqs[place_of(self.handles[index])].blocks)
+                    widest = max(widest, held(&pool.space.seqs[place_of(self.handles[index])]))
             for index in range(self.size if widest == width else 0):
                 who = place_of(self.handles[index])
                 if is_live(pool, self.handles[index]):
-                    for block in range(pool.space.seqs[who].blocks):
+                    for block in range(held(&pool.space.seqs[who])):
                         rows[index, block] = <int32_t>(slot_of(pool, who, block * pool.space.block_size)
                                                        // pool.space.block_size)
             pool_unlock(pool)

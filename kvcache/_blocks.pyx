@@ -223,19 +223,23 @@ cdef void give_run(blocks_t *blocks, int64_t start, int64_t length) noexcept nog
 # ---- what dumps and checks want to know
 
 cdef int64_t largest_free_run(const blocks_t *blocks) noexcept nogil:
-    cdef int64_t longest = 0
-    cdef int32_t kind, gap
     if blocks.free_blocks == 0:
         return 0
     if blocks.cells == NULL:
         return longest_run_of_bits(blocks)
-    for kind in range(NUM_CLASSES - 1, 0, -1):
-        gap = blocks.heads[kind]
-        while gap != NOWHERE:
-            longest = max(longest, <int64_t>blocks.cells[gap].length)
-            gap = blocks.cells[gap].a
-        if longest:
-            break
+    return blocks.cells[longest_gap(blocks)].length
+
+
+cdef int64_t longest_gap(const blocks_t *blocks) noexcept nogil:
+    """Where the longest gap begins; there is one."""
+    cdef int32_t word = CLASS_WORDS - 1, gap, longest
+    while blocks.classes[word] == 0:
+        word -= 1
+    gap = longest = blocks.heads[(word << 6) + 63 - kv_clz(blocks.classes[word])]
+    while gap != NOWHERE:
+        if blocks.cells[gap].length > blocks.cells[longest].length:
+            longest = gap
+        gap = blocks.cells[gap].a
     return longest
 
 

@@ -14,5 +14,6 @@ cdef status_t pool_commit(pool_t *pool, handle_t handle, int64_t tokens) noexcep
 cdef status_t pool_slots(pool_t *pool, handle_t handle, int64_t start, int64_t count, int32_t *slots) noexcept nogil
 cdef status_t pool_hold(pool_t *pool) noexcept nogil
 cdef status_t pool_release(pool_t *pool) noexcept nogil
+cdef status_t pool_compact(pool_t *pool, int64_t most, int64_t *moved) noexcept nogil
 cdef status_t pool_close(pool_t *pool) noexcept nogil
 cdef status_t wait_for_holds(pool_t *pool) noexcept nogil

@@ -3,6 +3,7 @@
 from libc.stdint cimport int32_t, int64_t
 from libc.stdlib cimport realloc
 
+from kvcache._compact cimport pack
 from kvcache._lock cimport kv_lock, kv_lock_wait, kv_lock_wake, kv_thread
 from kvcache._pool cimport (
     BAD_COUNT,
@@ -95,6 +96,7 @@ cdef status_t pool_allocate(pool_t *pool, int64_t tokens, int64_t limit, handle_
     if not 1 <= tokens <= limit <= arena_tokens(pool):
         return BAD_COUNT
     kv_lock(&pool.lock)
+    pool.pause = 0
     while True:
         status = CLOSED if pool.closed else admit(pool, tokens, limit, True, handle)
         if status != HELD or wait_for_holds(pool) != OK:
@@ -108,6 +110,7 @@ cdef status_t pool_append(pool_t *pool, handle_t handle, int64_t count) noexcept
     if count < 0:
         return BAD_COUNT
     kv_lock(&pool.lock)
+    pool.pause = 0
     while True:
         status = append(pool, place_of(handle), count, True) if is_live(pool, handle) else STALE
         if status != HELD or wait_for_holds(pool) != OK:
@@ -138,6 +141,7 @@ cdef status_t pool_truncate(pool_t *pool, handle_t handle, int64_t tokens) noexc
 cdef status_t pool_fork(pool_t *pool, handle_t parent, handle_t *child) noexcept nogil:
     cdef status_t status
     kv_lock(&pool.lock)
+    pool.pause = 0
     while True:
         status = split(pool, parent, True, child) if is_live(pool, parent) else STALE
         if status != HELD or wait_for_holds(pool) != OK:
@@ -183,6 +187,25 @@ cdef status_t pool_slots(pool_t *pool, handle_t handle, int64_t start, int64_t c
         else:
             for index in range(count):
                 slots[index] = <int32_t>slot_of(pool, place_of(handle), start + index)
+    pool_unlock(pool)
+    return status
+
+
+cdef status_t pool_compact(pool_t *pool, int64_t most, int64_t *moved) noexcept nogil:
+    """Packs the runs, moving at most `most` used tokens (negative: as many as it takes); tells how many it moved."""
+    cdef int64_t before
+    cdef status_t status = OK
+    kv_lock(&pool.lock)
+    while pool.num_holders and status == OK and not pool.paged:
+        status = wait_for_holds(pool)
+    if status == OK and pool.closed:
+        status = CLOSED
+    if status == OK:
+        pool.pause = 0
+        before = pool.moved_tokens
+        status = pack(pool, most)
+        moved[0] = pool.moved_tokens - before
+        pool.changes += moved[0] > 0
     pool_unlock(pool)
     return status
 

@@ -3,8 +3,8 @@
 from libc.stdint cimport int32_t, int64_t
 from libc.stdlib cimport calloc, free
 
-from kvcache._blocks cimport NOWHERE, block_is_free, check_blocks
-from kvcache._placement cimport growth_of, hot_t, seq_t
+from kvcache._blocks cimport NOWHERE, block_is_free, cell_t, check_blocks
+from kvcache._placement cimport growth_of, held, hot_t, seq_t
 from kvcache._pool cimport pool_t, slot_of, used_blocks
 
 
@@ -26,18 +26,21 @@ cdef str check_pool(const pool_t *pool):
 
 
 cdef str check_sequences(const pool_t *pool, int32_t *holders, int32_t *writers):
-    cdef int64_t who, live = 0, vacant = 0, claims = pool.copies
+    cdef int64_t who, live = 0, vacant = 0, claims = pool.copies, further = 0
     cdef str wrong
     for who in range(pool.places):
         if pool.space.hot[who].generation & 1 == 0:
             continue
         live += 1
         claims += growth_of(&pool.space, &pool.space.seqs[who])
+        further += 0 if pool.paged else pool.space.seqs[who].breaks
         wrong = check_lengths(pool, who) or check_run(pool, who, holders, writers)
         if wrong:
             return wrong
     if live != pool.space.live:
         return f"the table has {live} live sequences, the count says {pool.space.live}"
+    if further != pool.space.further:
+        return f"sequences have {further} further runs, the count says {pool.space.further}"
     if claims != pool.claims:
         return f"sequences and copies claim {claims} blocks, the sum says {pool.claims}"
     who = pool.vacant
@@ -46,8 +49,10 @@ cdef str check_sequences(const pool_t *pool, int32_t *holders, int32_t *writers)
             return f"place {who} is listed as vacant and lives"
         vacant += 1
         who = pool.space.seqs[who].next_vacant
-    if vacant + live > pool.places:
-        return f"{vacant} vacant and {live} live places, the table has {pool.places}"
+    if vacant != pool.vacancies:
+        return f"{vacant} places are listed as vacant, the count says {pool.vacancies}"
+    if vacant + live + further > pool.places:
+        return f"{vacant} vacant places, {live} live and {further} of further runs, the table has {pool.places}"
     return None
 
 
@@ -56,11 +61,11 @@ cdef str check_lengths(const pool_t *pool, int64_t who):
     cdef const seq_t *seq = &pool.space.seqs[who]
     cdef int64_t size = pool.space.block_size
     cdef int64_t mark, written
-    if seq.blocks != (hot.tokens + size - 1) // size:
-        return f"sequence {who} of {hot.tokens} tokens holds {seq.blocks} blocks of {size}"
-    if hot.tokens < 0 or hot.tokens > seq.limit or hot.soft > min(<int64_t>seq.limit, seq.blocks * size):
+    if held(seq) != (hot.tokens + size - 1) // size:
+        return f"sequence {who} of {hot.tokens} tokens holds {held(seq)} blocks of {size}"
+    if hot.tokens < 0 or hot.tokens > seq.limit or hot.soft > min(<int64_t>seq.limit, held(seq) * size):
         return (f"sequence {who} has {hot.tokens} tokens and may have {hot.soft} without a look, "
-                f"its limit is {seq.limit}, its blocks hold {seq.blocks * size}")
+                f"its limit is {seq.limit}, its blocks hold {held(seq) * size}")
     for mark in range(pool.num_marks):
         written = pool.marks[who * pool.num_marks + mark]
         if written > hot.tokens:
@@ -73,7 +78,7 @@ cdef str check_run(const pool_t *pool, int64_t who, int32_t *holders, int32_t *w
     cdef const seq_t *seq = &pool.space.seqs[who]
     cdef int64_t size = pool.space.block_size
     cdef int64_t index, breaks = 0, block = NOWHERE, before
-    for index in range(seq.blocks):
+    for index in range(held(seq)):
         before, block = block, slot_of(pool, <int32_t>who, index * size) // size
         breaks += index > 0 and block != before + 1
         if block < 0 or block >= pool.space.blocks.num_blocks or block_is_free(&pool.space.blocks, block):
@@ -81,20 +86,40 @@ cdef str check_run(const pool_t *pool, int64_t who, int32_t *holders, int32_t *w
         holders[block] += 1
     if seq.blocks == 0:
         return None
-    if pool.paged and breaks != seq.breaks:
-        return f"sequence {who} has {breaks} breaks in its table, the count says {seq.breaks}"
-    if hot.base != (block - (seq.blocks - 1)) * size:
+    if breaks != seq.breaks:
+        return f"sequence {who} has {breaks} breaks in its blocks, the count says {seq.breaks}"
+    if hot.base != (block - (held(seq) - 1)) * size:
         return f"sequence {who} would append at {hot.base} + {hot.tokens}, its last block is {block}"
     if hot.tokens % size and hot.tokens < seq.limit:
         writers[block] += 1
-    if not pool.paged and (pool.space.blocks.cells[seq.start].a != who or pool.space.blocks.cells[block].a != who):
-        return (f"run of sequence {who} at [{seq.start}, {block}] is labelled "
-                f"{pool.space.blocks.cells[seq.start].a} and {pool.space.blocks.cells[block].a}")
+    return None if pool.paged else check_chain(pool, who)
+
+
+cdef str check_chain(const pool_t *pool, int64_t who):
+    """The runs of a sequence in contiguous placement, one after another."""
+    cdef const seq_t *seq = &pool.space.seqs[who]
+    cdef const seq_t *run
+    cdef const cell_t *cells = pool.space.blocks.cells
+    cdef int64_t place = who, last = who, blocks = 0, count = 0
+    while place != NOWHERE:
+        run = &pool.space.seqs[place]
+        if run.head != who or run.before != blocks or run.blocks <= 0:
+            return (f"run {count} of sequence {who} says that it has {run.blocks} blocks of sequence {run.head} "
+                    f"and {run.before} before it, there are {blocks}")
+        if cells[run.start].a != place or cells[run.start + run.blocks - 1].a != place:
+            return (f"run of {run.blocks} blocks of sequence {who} at {run.start} is labelled "
+                    f"{cells[run.start].a} and {cells[run.start + run.blocks - 1].a}, its place is {place}")
+        blocks += run.blocks
+        count += 1
+        last, place = place, run.next_run
+    if last != seq.last_run or blocks != held(seq) or count != seq.breaks + 1:
+        return (f"sequence {who} has {count} runs with {blocks} blocks, the last at place {last}; "
+                f"it says {seq.breaks + 1}, {held(seq)} and {seq.last_run}")
     return None
 
 
 cdef str check_holders(const pool_t *pool, int32_t *holders, int32_t *writers):
-    cdef int64_t block, index, held = 0, limbo = 0, copies = 0
+    cdef int64_t block, index, taken = 0, limbo = 0, copies = 0
     for index in range(pool.num_limbo):
         limbo += pool.limbo[index].length
         for block in range(pool.limbo[index].start, pool.limbo[index].start + pool.limbo[index].length):
@@ -109,7 +134,7 @@ cdef str check_holders(const pool_t *pool, int32_t *holders, int32_t *writers):
     for block in range(pool.space.blocks.num_blocks):
         if holders[block] == 0:
             continue
-        held += 1
+        taken += 1
         if holders[block] > 1 and not pool.paged:
             return f"block {block} is held by {holders[block]} sequences"
         if pool.paged and pool.refs[block] != holders[block]:
@@ -118,10 +143,10 @@ cdef str check_holders(const pool_t *pool, int32_t *holders, int32_t *writers):
             copies += min(writers[block], holders[block] - 1)
             if pool.writers[block] != writers[block]:
                 return f"block {block} has {writers[block]} writers, its count says {pool.writers[block]}"
-    if held + limbo != used_blocks(pool):
-        return f"{held} blocks are held and {limbo} wait for holds to end, {used_blocks(pool)} are not free"
+    if taken + limbo != used_blocks(pool):
+        return f"{taken} blocks are held and {limbo} wait for holds to end, {used_blocks(pool)} are not free"
     if copies != pool.copies:
         return f"{copies} copies of shared blocks are outstanding, the count says {pool.copies}"
-    if held + pool.claims > pool.budget:
-        return f"{held} blocks held and {pool.claims} claimed, {pool.budget} may be"
+    if taken + pool.claims > pool.budget:
+        return f"{taken} blocks held and {pool.claims} claimed, {pool.budget} may be"
     return None

@@ -66,7 +66,7 @@ cdef inline int32_t owner_at(const space_t *space, int64_t block) noexcept nogil
     return space.blocks.cells[block].a
 
 
-cdef inline int64_t gap_before(const space_t *space, int64_t block) noexcept nogil:
+cdef int64_t gap_before(const space_t *space, int64_t block) noexcept nogil:
     """Blocks of the gap that ends right before `block`."""
     if block == 0 or not block_is_free(&space.blocks, block - 1):
         return 0
@@ -79,7 +79,13 @@ cdef int64_t room_after(const space_t *space, const seq_t *seq) noexcept nogil:
 
 cdef int64_t growth_of(const space_t *space, const seq_t *seq) noexcept nogil:
     """Blocks that the sequence may still ask for."""
-    return (seq.limit + space.block_size - 1) // space.block_size - seq.blocks
+    return (seq.limit + space.block_size - 1) // space.block_size - held(seq)
+
+
+cdef inline int64_t run_growth(const space_t *space, int32_t who) noexcept nogil:
+    """Blocks that may still be asked for right after a run."""
+    cdef int32_t head = space.seqs[who].head
+    return growth_of(space, &space.seqs[head]) if space.seqs[head].last_run == who else 0
 
 
 cdef inline int64_t fair_share(const space_t *space, int64_t taken) noexcept nogil:
@@ -95,7 +101,7 @@ cdef int64_t room_before(const space_t *space, int64_t gap, int64_t spare, int64
     neighbour = owner_at(space, gap - 1)
     if neighbour == NOWHERE:
         return 0
-    theirs = growth_of(space, &space.seqs[neighbour])
+    theirs = run_growth(space, neighbour)
     return min(min(theirs, fair_share(space, 0)), spare - min(growth, spare >> 1)) if theirs else 0
 
 
@@ -127,12 +133,12 @@ cdef int64_t next_gap(const space_t *space, int64_t block, int64_t *tokens) noex
     cdef int32_t who
     while block < space.blocks.num_blocks and not block_is_free(&space.blocks, block):
         who = space.blocks.cells[block].a
-        tokens[0] += space.hot[who].tokens
+        tokens[0] += run_tokens(space, who)
         block += space.seqs[who].blocks
     return block
 
 
-cdef void place_by_sliding(space_t *space, int64_t length, int64_t growth) noexcept nogil:
+cdef bint place_by_sliding(space_t *space, int64_t length, int64_t growth, int64_t most) noexcept nogil:
     """Plans to slide the runs between two gaps together, where that moves the fewest tokens; so much is free.
 
     Looks at a bounded stretch of the pool, a different one each time, unless there is too little room in it.
@@ -168,6 +174,7 @@ cdef void place_by_sliding(space_t *space, int64_t length, int64_t growth) noexc
         tokens -= passed
     space.cursor = 0 if right >= blocks.num_blocks else right
     slide_for_new(space, low, high, length, growth)
+    return within(&space.plan, most)
 
 
 cdef int64_t first_gap(const blocks_t *blocks, int64_t block) noexcept nogil:
@@ -204,7 +211,7 @@ cdef int64_t blocks_of_runs(const space_t *space, int64_t low, int64_t high) noe
 
 # ---- slides: left-movers from the left end, right-movers from the right end
 
-cdef inline void plan_move(space_t *space, int32_t who, int64_t to) noexcept nogil:
+cdef void plan_move(space_t *space, int32_t who, int64_t to) noexcept nogil:
     cdef plan_t *plan = &space.plan
     cdef seq_t *seq = &space.seqs[who]
     if to == seq.start:
@@ -212,7 +219,7 @@ cdef inline void plan_move(space_t *space, int32_t who, int64_t to) noexcept nog
     plan.who[plan.count] = who
     plan.moves[plan.count] = move_t(source=seq.start, destination=to, blocks=seq.blocks)
     plan.count += 1
-    plan.tokens += space.hot[who].tokens
+    plan.tokens += run_tokens(space, who)
 
 
 cdef int64_t pack_left(space_t *space, int64_t low, int64_t high, int64_t to) noexcept nogil:
@@ -247,7 +254,7 @@ cdef int64_t pack_right(space_t *space, int64_t low, int64_t high, int64_t to) n
 
 # ---- growth
 
-cdef void place_growth(space_t *space, int32_t who, int64_t more) noexcept nogil:
+cdef bint place_growth(space_t *space, int32_t who, int64_t more, int64_t most) noexcept nogil:
     """Plans moves that free `more` blocks right after a run; the caller has seen that so many are free."""
     cdef plan_t *plan = &space.plan
     cdef seq_t *seq = &space.seqs[who]
@@ -259,21 +266,29 @@ cdef void place_growth(space_t *space, int32_t who, int64_t more) noexcept nogil
     left, right = reach(space, who, more)
     cheapest = price(slide_tokens(&left, &right), left.room + right.room)
     away = move_away(space, who, more, &room_away)
-    if away != NOWHERE and price(space.hot[who].tokens, room_away) <= cheapest:
-        cheapest = price(space.hot[who].tokens, room_away)
+    if away != NOWHERE and price(run_tokens(space, who), room_away) <= cheapest:
+        cheapest = price(run_tokens(space, who), room_away)
     else:
         away = NOWHERE
     if neighbour != NOWHERE:
         aside = move_aside(space, who, neighbour, more, &room_aside)
     if aside != NOWHERE:
-        cost = price(space.hot[neighbour].tokens, room_aside)
+        cost = price(run_tokens(space, neighbour), room_aside)
         if cost < cheapest:
             plan_move(space, neighbour, aside)
-            return
+            return within(plan, most)
     if away != NOWHERE:
         plan_move(space, who, away)
     else:
         slide_for_growth(space, who, more, &left, &right)
+    return within(plan, most)
+
+
+cdef inline bint within(plan_t *plan, int64_t most) noexcept nogil:
+    if plan.tokens <= most:
+        return True
+    plan.count = plan.tokens = 0
+    return False
 
 
 cdef inline double price(int64_t tokens, int64_t room) noexcept nogil:
@@ -304,7 +319,7 @@ cdef int64_t move_aside(space_t *space, int32_t who, int32_t neighbour, int64_t 
     cdef seq_t *other = &space.seqs[neighbour]
     cdef int64_t end = seq.start + seq.blocks
     cdef int64_t beyond = other.start + other.blocks
-    cdef int64_t growth = growth_of(space, other)
+    cdef int64_t growth = run_growth(space, neighbour)
     cdef int64_t gap = roomy_gap_for(space, other.blocks, growth)
     cdef int64_t before
     if gap == NOWHERE or gap == end:
@@ -322,7 +337,7 @@ cdef (reach_t, reach_t) reach(const space_t *space, int32_t who, int64_t more) n
     """Extends a window around a run, gap by gap towards the cheaper side, until it holds `more` free blocks."""
     cdef const seq_t *seq = &space.seqs[who]
     cdef int64_t end = seq.start + seq.blocks
-    cdef reach_t left = reach_t(edge=seq.start, gap=0, room=0, tokens=space.hot[who].tokens)
+    cdef reach_t left = reach_t(edge=seq.start, gap=0, room=0, tokens=run_tokens(space, who))
     cdef reach_t right = reach_t(edge=end, gap=0, room=0, tokens=0)
     cdef reach_t further_left, further_right
     right.gap = right.room = room_after(space, seq)
@@ -353,7 +368,7 @@ cdef reach_t reach_left(const space_t *space, reach_t side) noexcept nogil:
     side.gap = gap_before(space, side.edge)
     while side.gap == 0 and side.edge > 0:
         who = owner_at(space, side.edge - 1)
-        side.tokens += space.hot[who].tokens
+        side.tokens += run_tokens(space, who)
         side.edge -= space.seqs[who].blocks
         side.gap = gap_before(space, side.edge)
     side.edge -= side.gap
@@ -366,7 +381,7 @@ cdef reach_t reach_right(const space_t *space, reach_t side) noexcept nogil:
     side.gap = 0
     while side.gap == 0 and side.edge < space.blocks.num_blocks:
         who = owner_at(space, side.edge)
-        side.tokens += space.hot[who].tokens
+        side.tokens += run_tokens(space, who)
         side.edge += space.seqs[who].blocks
         side.gap = gap_at(&space.blocks, side.edge)
     side.edge += side.gap
@@ -406,6 +421,12 @@ cdef void settle(space_t *space) noexcept nogil:
         who, to = plan.who[index], plan.moves[index].destination
         take_run(&space.blocks, gap_start(&space.blocks, to), to, plan.moves[index].blocks)
         space.seqs[who].start = <int32_t>to
-        space.seqs[who].version += 1
-        space.hot[who].base = <int32_t>(to * space.block_size)
         own_run(space, who)
+        rebase(space, space.seqs[who].head)
+
+
+cdef void rebase(space_t *space, int32_t who) noexcept nogil:
+    """After a run of the sequence has moved: where its next token goes, and that its tokens are elsewhere."""
+    cdef const seq_t *last = &space.seqs[space.seqs[who].last_run]
+    space.seqs[who].version += 1
+    space.hot[who].base = <int32_t>((<int64_t>last.start - last.before) * space.block_size)

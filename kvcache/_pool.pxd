@@ -1,10 +1,10 @@
 """The pool: the one struct that everything hangs on, and what every decision needs of it."""
 
-from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint32_t, uint64_t, uintptr_t
 
 from kvcache._lock cimport kv_lock_t
 from kvcache._moves cimport move_f, move_t, span_t
-from kvcache._placement cimport hot_t, seq_t, space_t
+from kvcache._placement cimport held, hot_t, seq_t, space_t
 
 ctypedef uint64_t handle_t  # generation << 32 | place; 0 is never live
 
@@ -22,6 +22,7 @@ ctypedef enum status_t:
     GONE = 10         # a position that no longer exists
     CLOSED = 11
     BAD_COUNT = 12    # a count or limit that cannot be meant
+    NO_RUN = 13       # no room for a run within the bound on moves: scattered instead, never returned by a call
 
 ctypedef struct holder_t:
     uintptr_t thread
@@ -48,6 +49,7 @@ ctypedef struct pool_t:
     int32_t *writers        # paged: [num_blocks] holders that may append into it; meaningful while refs > 1
     int64_t places          # entries of space.hot and space.seqs
     int32_t vacant          # first vacant place, NOWHERE for none
+    int64_t vacancies       # how many there are
     int64_t num_marks       # written prefixes that a sequence has (one per layer)
     int32_t *marks          # [places * num_marks] tokens written, from the first on
     extent_t *limbo         # blocks freed under a hold; theirs again when the last one ends
@@ -73,6 +75,11 @@ ctypedef struct pool_t:
     int64_t moves
     int64_t moved_tokens
     int64_t copied_tokens
+    int64_t most_moved      # used tokens that one call may move; negative: no bound
+    int64_t pause           # used tokens that the call in hand has moved
+    int64_t longest_pause   # the most that one call has moved
+    int64_t spills          # times that a sequence was given blocks apart from its run
+    int64_t heals           # times that a scattered sequence became one run by moves
     move_f move             # NULL: no storage
     void *arena
 
@@ -89,7 +96,19 @@ cdef inline int64_t slot_of(const pool_t *pool, int32_t who, int64_t position) n
     cdef int64_t size = pool.space.block_size
     if pool.paged:
         return seq.table[position // size] * size + position % size
+    if seq.breaks:
+        return slot_in_runs(pool, who, position)
     return seq.start * size + position
+
+cdef int64_t slot_in_runs(const pool_t *pool, int32_t who, int64_t position) noexcept nogil
+
+cdef inline int32_t last_block(const pool_t *pool, int32_t who) noexcept nogil:
+    """Of a sequence that holds blocks: the one that its last token is in."""
+    cdef const seq_t *seq = &pool.space.seqs[who]
+    if pool.paged:
+        return seq.table[seq.blocks - 1]
+    seq = &pool.space.seqs[seq.last_run]
+    return seq.start + seq.blocks - 1
 
 cdef inline int64_t used_blocks(const pool_t *pool) noexcept nogil:
     return pool.space.blocks.num_blocks - pool.space.blocks.free_blocks
@@ -113,10 +132,9 @@ cdef inline status_t find_room(const pool_t *pool, int64_t blocks) noexcept nogi
         return OK
     return HELD if blocks <= there + pool.limbo_blocks else NO_ROOM
 
-cdef inline status_t may_move(const pool_t *pool, bint patient) noexcept nogil:
-    if not patient:
-        return BUSY
-    return HELD if pool.num_holders else OK
+cdef inline int64_t may_move(const pool_t *pool) noexcept nogil:
+    """Used tokens that the call in hand may still move."""
+    return max(pool.most_moved - pool.pause, <int64_t>0) if pool.most_moved >= 0 else INT64_MAX
 
 cdef inline bint overwrites_held(const pool_t *pool, int32_t who, int64_t mark, int64_t start) noexcept nogil:
     """Whether a write from position `start` on would overwrite what has been written, beneath a hold."""
@@ -132,6 +150,8 @@ cdef status_t move_bytes(pool_t *pool, const move_t *moves, int64_t count) noexc
 cdef int add_places(pool_t *pool) noexcept nogil
 cdef int32_t next_place(pool_t *pool, int64_t table) noexcept nogil
 cdef int reserve_table(seq_t *seq, int64_t entries) noexcept nogil
+cdef int32_t take_place(pool_t *pool) noexcept nogil
+cdef void vacate(pool_t *pool, int32_t who) noexcept nogil
 cdef handle_t enter(pool_t *pool, int64_t tokens, int64_t limit) noexcept nogil
 cdef void leave(pool_t *pool, int32_t who) noexcept nogil
 cdef void refresh(pool_t *pool, int32_t who) noexcept nogil

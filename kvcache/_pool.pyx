@@ -18,6 +18,7 @@ cdef int pool_init(pool_t *pool, int64_t num_blocks, int64_t block_size, bint pa
     pool.budget = budget
     pool.num_marks = num_marks
     pool.vacant = NOWHERE
+    pool.most_moved = -1
     if kv_lock_init(&pool.lock) or blocks_init(&pool.space.blocks, num_blocks, not paged):
         return -1
     if paged:
@@ -84,6 +85,7 @@ cdef int add_places(pool_t *pool) noexcept nogil:
     for who in range(places - 1, pool.places - 1, -1):
         pool.space.seqs[who].next_vacant = pool.vacant
         pool.vacant = <int32_t>who
+    pool.vacancies += places - pool.places
     pool.places = places
     return 0
 
@@ -110,16 +112,32 @@ cdef int reserve_table(seq_t *seq, int64_t entries) noexcept nogil:
     return 0
 
 
-cdef handle_t enter(pool_t *pool, int64_t tokens, int64_t limit) noexcept nogil:
-    """Makes the next place live, with no block yet; its handle."""
+cdef int32_t take_place(pool_t *pool) noexcept nogil:
+    """The next vacant place, there is one: with no block, and by itself."""
     cdef int32_t who = pool.vacant
-    cdef hot_t *hot = &pool.space.hot[who]
     cdef seq_t *seq = &pool.space.seqs[who]
     pool.vacant = seq.next_vacant
+    pool.vacancies -= 1
+    seq.blocks = seq.breaks = seq.before = seq.further = 0
+    seq.next_run = NOWHERE
+    seq.head = seq.last_run = who
+    return who
+
+
+cdef void vacate(pool_t *pool, int32_t who) noexcept nogil:
+    pool.space.seqs[who].next_vacant = pool.vacant
+    pool.vacant = who
+    pool.vacancies += 1
+
+
+cdef handle_t enter(pool_t *pool, int64_t tokens, int64_t limit) noexcept nogil:
+    """Makes the next place live, with no block yet; its handle."""
+    cdef int32_t who = take_place(pool)
+    cdef hot_t *hot = &pool.space.hot[who]
+    cdef seq_t *seq = &pool.space.seqs[who]
     hot.generation += 1
     hot.tokens = <int32_t>tokens
     seq.limit = <int32_t>limit
-    seq.blocks = seq.breaks = 0
     memset(&pool.marks[who * pool.num_marks], 0, pool.num_marks * sizeof(int32_t))
     pool.space.live += 1
     return <handle_t>hot.generation << 32 | <handle_t>who
@@ -130,8 +148,7 @@ cdef void leave(pool_t *pool, int32_t who) noexcept nogil:
     pool.space.live -= 1
     if pool.space.hot[who].generation >= UINT32_MAX - 1:
         return  # worn out: a handle that comes round again would be somebody else's
-    pool.space.seqs[who].next_vacant = pool.vacant
-    pool.vacant = who
+    vacate(pool, who)
 
 
 cdef void refresh(pool_t *pool, int32_t who) noexcept nogil:
@@ -139,17 +156,25 @@ cdef void refresh(pool_t *pool, int32_t who) noexcept nogil:
     cdef hot_t *hot = &pool.space.hot[who]
     cdef seq_t *seq = &pool.space.seqs[who]
     cdef int64_t size = pool.space.block_size
-    cdef int64_t tail = seq.start + seq.blocks - 1
+    cdef int64_t tail
     if seq.blocks == 0:
         hot.base = hot.soft = 0
         return
-    if pool.paged:
-        tail = seq.table[seq.blocks - 1]
-    hot.base = <int32_t>((tail - (seq.blocks - 1)) * size)
+    tail = last_block(pool, who)
+    hot.base = <int32_t>((tail - (held(seq) - 1)) * size)
     if pool.paged and pool.refs[tail] > 1 or tail_is_kept(pool, who):
         hot.soft = hot.tokens  # the block is copied, or a hold waited for, before anything is appended to it
     else:
-        hot.soft = <int32_t>min(<int64_t>seq.limit, seq.blocks * size)
+        hot.soft = <int32_t>min(<int64_t>seq.limit, held(seq) * size)
+
+
+cdef int64_t slot_in_runs(const pool_t *pool, int32_t who, int64_t position) noexcept nogil:
+    """`slot_of` a scattered sequence in contiguous placement."""
+    cdef int64_t size = pool.space.block_size
+    cdef int64_t block = position // size
+    while block >= <int64_t>pool.space.seqs[who].before + pool.space.seqs[who].blocks:
+        who = pool.space.seqs[who].next_run
+    return (pool.space.seqs[who].start + block - pool.space.seqs[who].before) * size + position % size
 
 
 cdef int64_t committed_tokens(const pool_t *pool, int32_t who) noexcept nogil:
@@ -236,7 +261,7 @@ cdef int reserve_extents(extent_t **extents, int64_t *capacity, int64_t entries)
 
 
 cdef void keep_content(pool_t *pool, int64_t block, int64_t tokens) noexcept nogil:
-    """Under a hold: the first `tokens` tokens of a block in use are not overwritten before its end; room is reserved."""
+    """Under a hold: the first `tokens` tokens of a block in use stay as they are until it ends; room is reserved."""
     if pool.num_holders:
         pool.kept[pool.num_kept] = extent_t(start=<int32_t>block, length=<int32_t>tokens)
         pool.num_kept += 1
@@ -248,10 +273,10 @@ cdef bint tail_is_kept(const pool_t *pool, int32_t who) noexcept nogil:
     cdef int64_t index, tail, used
     if pool.num_kept == 0 or seq.blocks == 0:
         return False
-    tail = seq.table[seq.blocks - 1] if pool.paged else seq.start + seq.blocks - 1
+    tail = last_block(pool, who)
     if pool.paged and pool.refs[tail] > 1:
         return False
-    used = pool.space.hot[who].tokens - (seq.blocks - 1) * pool.space.block_size
+    used = pool.space.hot[who].tokens - (held(seq) - 1) * pool.space.block_size
     for index in range(pool.num_kept):
         if pool.kept[index].start == tail and pool.kept[index].length > used:
             return True

@@ -7,6 +7,7 @@ from kvcache._pool cimport handle_t, pool_t, status_t
 cdef void do_deferred(pool_t *pool) noexcept nogil
 cdef void pool_unlock(pool_t *pool) noexcept nogil
 cdef int defer_free(pool_t *pool, handle_t handle) noexcept nogil
+cdef status_t carry_out(pool_t *pool) noexcept nogil
 cdef status_t admit(pool_t *pool, int64_t tokens, int64_t limit, bint patient, handle_t *handle) noexcept nogil
 cdef status_t append(pool_t *pool, int32_t who, int64_t count, bint patient) noexcept nogil
 cdef status_t retire(pool_t *pool, handle_t handle) noexcept nogil

@@ -8,16 +8,18 @@ from libc.stdint cimport int32_t, int64_t
 from libc.stdlib cimport realloc
 from libc.string cimport memcpy
 
-from kvcache._blocks cimport NOWHERE, block_is_free, give_run, mark_free, take_block, take_lowest, take_run
+from kvcache._blocks cimport NOWHERE, block_is_free, mark_free, take_block, take_lowest
 from kvcache._lock cimport kv_unlock
 from kvcache._moves cimport move_t
 from kvcache._placement cimport (
     growth_of,
+    held,
     hot_t,
-    own_run,
     place_by_sliding,
     place_growth,
     place_in_gap,
+    plan_reserve,
+    plan_t,
     room_after,
     seq_t,
     settle,
@@ -28,6 +30,7 @@ from kvcache._pool cimport (
     HELD,
     NO_MEMORY,
     NO_ROOM,
+    NO_RUN,
     OK,
     PAST_LIMIT,
     STALE,
@@ -35,7 +38,6 @@ from kvcache._pool cimport (
     committed_tokens,
     enter,
     find_room,
-    give_back,
     handle_t,
     is_live,
     keep_content,
@@ -54,6 +56,18 @@ from kvcache._pool cimport (
     slot_of,
     status_t,
     tail_is_kept,
+)
+from kvcache._scatter cimport (
+    copy_to_runs,
+    drop_runs,
+    extend_last,
+    join_runs,
+    plan_heal,
+    planned_start,
+    reserve_runs,
+    room_after_last,
+    scatter,
+    take_planned,
 )
 from kvcache._sharing cimport (
     breaks_in,
@@ -98,13 +112,23 @@ cdef int defer_free(pool_t *pool, handle_t handle) noexcept nogil:
 
 
 cdef status_t plan_run(pool_t *pool, int64_t blocks, int64_t growth, bint patient) noexcept nogil:
-    """Plans a new run, by moves if it must; so many blocks are free."""
-    cdef status_t status = OK
-    if not place_in_gap(&pool.space, blocks, growth):
-        status = may_move(pool, patient)
-        if status == OK:
-            place_by_sliding(&pool.space, blocks, growth)
+    """Plans a new run, by moves if it must; so many blocks are free. NO_RUN: the bound on moves does not allow it."""
+    cdef status_t status
+    if place_in_gap(&pool.space, blocks, growth):
+        return OK
+    status = may_plan(pool, patient)
+    if status == OK and not place_by_sliding(&pool.space, blocks, growth, may_move(pool)):
+        return NO_RUN
     return status
+
+
+cdef status_t may_plan(const pool_t *pool, bint patient) noexcept nogil:
+    """Whether moves can be planned: not beneath a hold, and NO_RUN where the call in hand may not move any more."""
+    if not patient:
+        return BUSY
+    if may_move(pool) == 0:
+        return NO_RUN
+    return HELD if pool.num_holders else OK
 
 
 cdef status_t carry_out(pool_t *pool) noexcept nogil:
@@ -116,9 +140,18 @@ cdef status_t carry_out(pool_t *pool) noexcept nogil:
 
 
 cdef void enter_moves(pool_t *pool) noexcept nogil:
+    cdef plan_t *plan = &pool.space.plan
+    cdef int64_t index
+    cdef int32_t head
     settle(&pool.space)
-    pool.moves += pool.space.plan.count
-    pool.moved_tokens += pool.space.plan.tokens
+    pool.moves += plan.count
+    pool.moved_tokens += plan.tokens
+    pool.pause += plan.tokens
+    pool.longest_pause = max(pool.longest_pause, pool.pause)
+    for index in range(plan.count if pool.space.further else 0):
+        head = pool.space.seqs[plan.who[index]].head  # also of a run that has just been joined to another
+        if pool.space.seqs[head].breaks:
+            join_runs(pool, head)
 
 
 # ---- admission
@@ -138,16 +171,17 @@ cdef status_t admit(pool_t *pool, int64_t tokens, int64_t limit, bint patient, h
     if who == NOWHERE:
         return NO_MEMORY
     if not pool.paged:
-        status = plan_run(pool, blocks, claim, patient)
-        if status == OK:
-            status = carry_out(pool)
-        if status != OK:
+        status = make_run(pool, blocks, claim, patient)
+        if status != OK and status != NO_RUN:
             return status
+    who = pool.vacant
     handle[0] = enter(pool, tokens, limit)
     if pool.paged:
         take_blocks(pool, who, blocks)
+    elif status == NO_RUN:
+        scatter(pool, who, blocks, claim)
     else:
-        take_new_run(pool, who, blocks)
+        take_planned(pool, who, blocks)
     pool.claims += claim
     refresh(pool, who)
     note_peak(pool)
@@ -155,13 +189,12 @@ cdef status_t admit(pool_t *pool, int64_t tokens, int64_t limit, bint patient, h
     return OK
 
 
-cdef void take_new_run(pool_t *pool, int32_t who, int64_t blocks) noexcept nogil:
-    """The run that the plan in hand has placed."""
-    cdef seq_t *seq = &pool.space.seqs[who]
-    take_run(&pool.space.blocks, pool.space.plan.gap, pool.space.plan.start, blocks)
-    seq.start = <int32_t>pool.space.plan.start
-    seq.blocks = <int32_t>blocks
-    own_run(&pool.space, who)
+cdef status_t make_run(pool_t *pool, int64_t blocks, int64_t growth, bint patient) noexcept nogil:
+    """Makes room for a new run where the plan in hand says. NO_RUN: there are places for several runs instead."""
+    cdef status_t status = plan_run(pool, blocks, growth, patient)
+    if status == OK:
+        return carry_out(pool)
+    return NO_MEMORY if status == NO_RUN and reserve_runs(pool, blocks) else status
 
 
 cdef void take_blocks(pool_t *pool, int32_t who, int64_t count) noexcept nogil:
@@ -191,7 +224,7 @@ cdef status_t retire(pool_t *pool, handle_t handle) noexcept nogil:
     if not is_live(pool, handle):
         return STALE
     seq = &pool.space.seqs[who]
-    if reserve_for_holds(pool, seq.blocks):
+    if reserve_for_holds(pool, held(seq)):
         return NO_MEMORY
     pool.claims -= growth_of(&pool.space, seq)
     drop_tail(pool, who, 0)
@@ -203,19 +236,16 @@ cdef status_t retire(pool_t *pool, handle_t handle) noexcept nogil:
 cdef void drop_tail(pool_t *pool, int32_t who, int64_t keep) noexcept nogil:
     """Lets go of all blocks but the first `keep`; room in limbo has been reserved."""
     cdef seq_t *seq = &pool.space.seqs[who]
-    cdef int64_t blocks = seq.blocks
     cdef bint writer
-    if keep == blocks:
+    if keep == held(seq):
         return
     if pool.paged:
         writer = is_writer(pool, who, pool.space.hot[who].tokens, seq.limit)
         drop_blocks(pool, who, keep, writer)
         seq.breaks = breaks_in(seq, 0, keep)
+        seq.blocks = <int32_t>keep
     else:
-        give_back(pool, seq.start + keep, blocks - keep)
-    seq.blocks = <int32_t>keep
-    if keep and not pool.paged:
-        own_run(&pool.space, who)
+        drop_runs(pool, who, keep, False)
 
 
 # ---- growth
@@ -233,10 +263,11 @@ cdef status_t append(pool_t *pool, int32_t who, int64_t count, bint patient) noe
     if hot.tokens + count > hot.soft:
         if tail_is_kept(pool, who):
             return HELD
-        need = ceil_div(hot.tokens + count, pool.space.block_size) - seq.blocks
+        need = ceil_div(hot.tokens + count, pool.space.block_size) - held(seq)
         status = grow_paged(pool, who, need, patient) if pool.paged else grow_run(pool, who, need, patient)
         if status != OK:
             return status
+        hot = &pool.space.hot[who]  # the table may have grown
     hot.tokens += <int32_t>count
     pool.changes += 1
     return OK
@@ -251,27 +282,52 @@ cdef status_t grow_run(pool_t *pool, int32_t who, int64_t more, bint patient) no
         refresh(pool, who)
         return OK
     if seq.blocks == 0:
-        status = plan_run(pool, more, growth_of(&pool.space, seq) - more, patient)
-        if status == OK:
-            status = carry_out(pool)
-        if status != OK:
-            return status
-        take_new_run(pool, who, more)
-        seq.version += 1
+        status = first_run(pool, who, more, patient)
+    elif seq.breaks == 0 and room_after(&pool.space, seq) >= more:
+        extend_last(pool, who, more)
     else:
-        if room_after(&pool.space, seq) < more:
-            status = may_move(pool, patient)
-            if status == OK:
-                place_growth(&pool.space, who, more)
-                status = carry_out(pool)
-            if status != OK:
-                return status
-        take_run(&pool.space.blocks, seq.start + seq.blocks, seq.start + seq.blocks, more)
-        seq.blocks += <int32_t>more
-        own_run(&pool.space, who)
+        status = make_room(pool, who, more, patient)
+    if status != OK:
+        return status
     pool.claims -= more
     refresh(pool, who)
     note_peak(pool)
+    return OK
+
+
+cdef status_t first_run(pool_t *pool, int32_t who, int64_t blocks, bint patient) noexcept nogil:
+    """Of a sequence that has been cut to nothing."""
+    cdef int64_t growth = growth_of(&pool.space, &pool.space.seqs[who]) - blocks
+    cdef status_t status = make_run(pool, blocks, growth, patient)
+    if status == NO_RUN:
+        scatter(pool, who, blocks, growth)
+        return OK
+    if status == OK:
+        take_planned(pool, who, blocks)
+        pool.space.seqs[who].version += 1
+    return status
+
+
+cdef status_t make_room(pool_t *pool, int32_t who, int64_t more, bint patient) noexcept nogil:
+    """Blocks after the last one by moving what is cheapest, else, within the bound on moves, somewhere else."""
+    cdef bint scattered = pool.space.seqs[who].breaks > 0, planned = False
+    cdef status_t status = may_plan(pool, patient)
+    if status == BUSY or (status == HELD and not scattered):
+        return status
+    if status == OK and scattered:
+        planned = plan_heal(&pool.space, who, more, may_move(pool))
+    elif status == OK:
+        planned = place_growth(&pool.space, who, more, may_move(pool))
+    if planned:
+        status = carry_out(pool)
+        if status != OK:
+            return status
+    if room_after_last(pool, who) >= more:
+        extend_last(pool, who, more)
+        return OK
+    if reserve_runs(pool, more):
+        return NO_MEMORY
+    scatter(pool, who, more, growth_of(&pool.space, &pool.space.seqs[who]) - more)
     return OK
 
 
@@ -301,7 +357,7 @@ cdef void ungrow(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil:
     """Takes an append of this very call back: no view or slot of it has been given out."""
     cdef seq_t *seq = &pool.space.seqs[who]
     cdef int64_t keep = ceil_div(tokens, pool.space.block_size)
-    cdef int64_t dropped = seq.blocks - keep
+    cdef int64_t dropped = held(seq) - keep
     if dropped and pool.paged:
         for index in range(keep, seq.blocks):
             pool.refs[seq.table[index]] = 0
@@ -309,10 +365,7 @@ cdef void ungrow(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil:
         seq.breaks = breaks_in(seq, 0, keep)
         seq.blocks = <int32_t>keep
     elif dropped:
-        give_run(&pool.space.blocks, seq.start + keep, dropped)
-        seq.blocks = <int32_t>keep
-        if keep:
-            own_run(&pool.space, who)
+        drop_runs(pool, who, keep, True)
     pool.claims += dropped
     pool.space.hot[who].tokens = <int32_t>tokens
     refresh(pool, who)
@@ -326,7 +379,7 @@ cdef status_t cut(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil:
     cdef hot_t *hot = &pool.space.hot[who]
     cdef int64_t size = pool.space.block_size
     cdef int64_t keep = ceil_div(tokens, size)
-    cdef int64_t dropped = seq.blocks - keep
+    cdef int64_t dropped = held(seq) - keep
     cdef bint was, will
     if tokens == hot.tokens:
         return OK
@@ -410,53 +463,100 @@ cdef status_t split(pool_t *pool, handle_t parent, bint patient, handle_t *child
     """A second sequence with the same tokens, limit and written prefixes."""
     cdef int32_t who = place_of(parent), twin
     cdef int64_t claim = growth_of(&pool.space, &pool.space.seqs[who])
-    cdef int64_t blocks = pool.space.seqs[who].blocks
+    cdef int64_t blocks = held(&pool.space.seqs[who])
     cdef status_t status
+    if not pool.paged:
+        return copy_run(pool, who, claim, patient, child)
     twin = next_place(pool, blocks)
     if twin == NOWHERE:
         return NO_MEMORY
-    if pool.paged:
-        status = share_blocks(pool, who, twin, claim)
-    else:
-        status = copy_run(pool, who, twin, claim, patient)
+    status = share_blocks(pool, who, twin, claim)
     if status != OK:
         return status
-    child[0] = enter(pool, pool.space.hot[who].tokens, pool.space.seqs[who].limit)
+    enter_twin(pool, who, child)
     pool.space.seqs[twin].blocks = <int32_t>blocks
     pool.space.seqs[twin].breaks = pool.space.seqs[who].breaks
-    memcpy(&pool.marks[twin * pool.num_marks], &pool.marks[who * pool.num_marks], pool.num_marks * sizeof(int32_t))
+    finish_twin(pool, who, twin, claim)
+    return OK
+
+
+cdef void enter_twin(pool_t *pool, int32_t who, handle_t *child) noexcept nogil:
+    """The next place lives: with the tokens, limit and written prefixes, and no block yet."""
+    child[0] = enter(pool, pool.space.hot[who].tokens, pool.space.seqs[who].limit)
+    memcpy(&pool.marks[place_of(child[0]) * pool.num_marks], &pool.marks[who * pool.num_marks],
+           pool.num_marks * sizeof(int32_t))
+
+
+cdef void finish_twin(pool_t *pool, int32_t who, int32_t twin, int64_t claim) noexcept nogil:
     pool.claims += claim
     refresh(pool, who)
     refresh(pool, twin)
     note_peak(pool)
     pool.changes += 1
-    return OK
 
 
-cdef status_t copy_run(pool_t *pool, int32_t who, int32_t twin, int64_t claim, bint patient) noexcept nogil:
+cdef status_t copy_run(pool_t *pool, int32_t who, int64_t claim, bint patient, handle_t *child) noexcept nogil:
     """Contiguous: the twin gets a run of its own, copied after whatever else had to move."""
-    cdef seq_t *seq = &pool.space.seqs[who]
-    cdef move_t *moves = pool.space.plan.moves
-    cdef int64_t count, index, source = seq.start
-    cdef status_t status = find_room(pool, seq.blocks)
-    if over_budget(pool, seq.blocks + claim):
+    cdef int64_t blocks = held(&pool.space.seqs[who])
+    cdef status_t status = find_room(pool, blocks)
+    if over_budget(pool, blocks + claim):
         return NO_ROOM
-    if status != OK or seq.blocks == 0:
+    if status != OK:
         return status
-    if not patient:
+    if blocks and not patient:
         return BUSY
-    status = plan_run(pool, seq.blocks, claim, patient)
+    if next_place(pool, 0) == NOWHERE:
+        return NO_MEMORY
+    if blocks:
+        status = plan_run(pool, blocks, claim, patient)
+    if status == NO_RUN:
+        status = fork_scattered(pool, who, claim, child)
+    elif status == OK:
+        status = fork_to_run(pool, who, blocks, child)
     if status != OK:
         return status
-    count = pool.space.plan.count
-    for index in range(count):
-        if pool.space.plan.who[index] == who:
-            source = moves[index].destination
-    moves[count] = move_t(source=source, destination=pool.space.plan.start, blocks=seq.blocks)
-    status = move_bytes(pool, moves, count + 1)
-    if status != OK:
-        return status
-    enter_moves(pool)
     pool.copied_tokens += pool.space.hot[who].tokens
-    take_new_run(pool, twin, seq.blocks)
+    finish_twin(pool, who, place_of(child[0]), claim)
     return OK
+
+
+cdef status_t fork_to_run(pool_t *pool, int32_t who, int64_t blocks, handle_t *child) noexcept nogil:
+    """Copies every run of the parent, from where the plan in hand leaves it, to the run that the plan has placed."""
+    cdef plan_t *plan = &pool.space.plan
+    cdef int64_t count = plan.count
+    cdef int32_t run = who
+    cdef status_t status
+    if blocks:
+        if plan_reserve(plan, count + 1 + pool.space.seqs[who].breaks):
+            return NO_MEMORY
+        while run != NOWHERE:
+            plan.moves[count] = move_t(source=planned_start(&pool.space, run), blocks=pool.space.seqs[run].blocks,
+                                       destination=plan.start + pool.space.seqs[run].before)
+            count += 1
+            run = pool.space.seqs[run].next_run
+        status = move_bytes(pool, plan.moves, count)
+        if status != OK:
+            return status
+        enter_moves(pool)
+    enter_twin(pool, who, child)
+    if blocks:
+        take_planned(pool, place_of(child[0]), blocks)
+    return OK
+
+
+cdef status_t fork_scattered(pool_t *pool, int32_t who, int64_t claim, handle_t *child) noexcept nogil:
+    """No run for the twin within the bound on moves: its blocks are first taken where they are free, then filled."""
+    cdef int64_t spills = pool.spills
+    cdef int32_t twin
+    cdef status_t status
+    if reserve_runs(pool, held(&pool.space.seqs[who])):
+        return NO_MEMORY
+    enter_twin(pool, who, child)
+    twin = place_of(child[0])
+    scatter(pool, twin, held(&pool.space.seqs[who]), claim)
+    status = copy_to_runs(pool, who, twin)
+    if status != OK:
+        drop_runs(pool, twin, 0, True)
+        leave(pool, twin)
+        pool.spills = spills
+    return status

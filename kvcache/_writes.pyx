@@ -30,8 +30,8 @@ cdef status_t own_and_span(pool_t *pool, spans_t *spans, int32_t who, int64_t st
         return status
     if reserve_spans(spans, last - first):
         return NO_MEMORY
-    while position < start + count:  # a run is one span, a table one for each block
-        if pool.paged:
+    while position < start + count:  # a run is one span, scattered blocks are one each
+        if pool.paged or pool.space.seqs[who].breaks:
             end = min(start + count, (position // size + 1) * size)
         enter_span(spans, row + position - start, slot_of(pool, who, position), end - position)
         position = end

@@ -35,8 +35,12 @@ class KVCache(CacheCore):
         Blocks held and claimed may be up to ``overcommit * num_blocks``. At 1.0 a granted limit is a promise.
     prefix_cache : bool
         Whether a prompt may hit what freed sequences left. Nothing is kept yet, so that both values behave alike.
-    policy, max_move_tokens, clock
+    policy, clock
         Reserved: only the values that stand for the present behaviour are accepted.
+    max_move_tokens : int, optional
+        Used tokens that one call may move, for engines with a latency target; by default as many as it takes. What
+        cannot be placed as one run within the bound is scattered (`is_contiguous` is False, views are gathered copies),
+        nothing is refused, and it is made one run again when that is cheap. `compact` has a bound of its own.
     stream : MLX stream, or several, optional
         With MLX: what to wait for before bytes move; by default the constructing thread's default stream.
 
@@ -77,9 +81,9 @@ class KVCache(CacheCore):
         stream=None,
     ):
         spec = _spec_of(num_layers, num_kv_heads, head_dim, max_total_tokens, block_size, dtype)
-        _check_options(
-            placement, overcommit, prefix_cache, policy=policy, max_move_tokens=max_move_tokens, clock=clock
-        )
+        _check_options(placement, overcommit, prefix_cache, policy=policy, clock=clock)
+        if max_move_tokens is not None and as_index(max_move_tokens, "max_move_tokens") < 0:
+            raise ValueError(f"max_move_tokens must be at least 0, not {max_move_tokens}")
         arena = make_arena(spec, backend, stream)
         super().__init__(
             spec.num_blocks,
@@ -87,6 +91,7 @@ class KVCache(CacheCore):
             paged=placement == "paged",
             overcommit=overcommit,
             num_marks=spec.num_layers,
+            most_moved=None if max_move_tokens is None else min(as_index(max_move_tokens, ""), 2**62),
             copier=arena.copier,
         )
         self.spec = spec
@@ -94,6 +99,7 @@ class KVCache(CacheCore):
         self.backend = backend
         self.placement = placement
         self.overcommit = overcommit
+        self.max_move_tokens = max_move_tokens
         self._layers = spec.layers
         in_place = backend == "numpy" and all(layer.v_index is not None for layer in spec.layers)
         self._k, self._v = (tuple(arena.k), tuple(arena.v)) if in_place else ((), ())
@@ -339,7 +345,7 @@ def _check_options(placement, overcommit, prefix_cache, **reserved):
         raise ValueError(f"overcommit must be at least 1, not {overcommit}")
     if not isinstance(prefix_cache, bool):
         raise TypeError(f"prefix_cache must be a bool, not {type(prefix_cache).__name__}")
-    for name, present in (("policy", "lru"), ("max_move_tokens", None), ("clock", None)):
+    for name, present in (("policy", "lru"), ("clock", None)):
         if reserved[name] != present:
             raise ValueError(f"{name}={reserved[name]!r} is not available: only {present!r} is")
 

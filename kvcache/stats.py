@@ -22,10 +22,15 @@ class CacheStats(NamedTuple):
     allocated_bytes, free_bytes, arena_bytes : int
     peak_used_blocks : int
         The most blocks ever held at once.
-    moves, moved_tokens : int
-        Sequences moved to another place, and used tokens in them.
+    moves, moved_tokens, moved_bytes : int
+        Runs moved to another place, used tokens in them, and the bytes of these in all layers.
     copied_tokens : int
         Tokens copied by forks and copies on write.
+    spills, heals : int
+        Times that a sequence was given blocks apart from its run, since a bound on moves left no other place, and
+        that moves made a scattered sequence one run again.
+    longest_pause_tokens : int
+        The most used tokens that one call has moved.
     arena_copies : int
         Times that MLX copied a whole plane where it should have written in place.
     mlx_active_bytes, mlx_peak_bytes, mlx_cache_bytes : int
@@ -46,7 +51,11 @@ class CacheStats(NamedTuple):
     peak_used_blocks: int
     moves: int
     moved_tokens: int
+    moved_bytes: int
     copied_tokens: int
+    spills: int
+    heals: int
+    longest_pause_tokens: int
     arena_copies: int
     mlx_active_bytes: int
     mlx_peak_bytes: int
@@ -55,7 +64,7 @@ class CacheStats(NamedTuple):
     @classmethod
     def of(cls, spec, counters, arena):
         """From the pool's counters, taken in one go, and what the arena knows."""
-        live, free, largest, claimed, peak, moves, moved_tokens, copied_tokens = counters
+        live, free, largest, claimed, peak, moves, moved, copied, spills, heals, pause = counters
         used = spec.num_blocks - free
         return cls(
             live,
@@ -71,8 +80,12 @@ class CacheStats(NamedTuple):
             spec.arena_bytes,
             peak,
             moves,
-            moved_tokens,
-            copied_tokens,
+            moved,
+            moved * spec.bytes_per_token,
+            copied,
+            spills,
+            heals,
+            pause,
             arena.arena_copies,
             *arena.library_memory(),
         )

@@ -56,14 +56,19 @@ class Model:
     placement : {"contiguous", "paged"}
     overcommit : float
     num_layers : int
+    bound : int, optional
+        Used tokens that one call may move; with a bound, sequences may be scattered.
     """
 
-    def __init__(self, num_blocks, block_size, placement="contiguous", overcommit=1.0, num_layers=1):
+    def __init__(
+        self, num_blocks, block_size, placement="contiguous", overcommit=1.0, num_layers=1, bound=None
+    ):
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.paged = placement == "paged"
         self.overcommit = overcommit
         self.num_layers = num_layers
+        self.bound = bound
         self.sequences: dict[object, Sequence] = {}
         self.limbo: frozenset[Block] = frozenset()  # freed under a hold
         self.kept: frozenset[tuple[Block, int]] = (
@@ -196,7 +201,7 @@ class Model:
         return any(start == after and length >= blocks for start, length in self.gaps())
 
     def settle(self, tables):
-        """Takes note of where the cache says that blocks are; returns the sequences that it has moved.
+        """Takes note of where the cache says that blocks are; returns those that it has moved: (request_id, index).
 
         Parameters
         ----------
@@ -212,7 +217,7 @@ class Model:
             assert all(0 <= place < self.num_blocks for place in table), (
                 f"{request_id!r} holds {table} of {self.num_blocks}"
             )
-            if not self.paged:
+            if not self.paged and self.bound is None:
                 assert table == list(range(table[0], table[0] + len(table))) if table else True, (
                     f"{request_id!r} is not one run: {table}"
                 )
@@ -222,11 +227,9 @@ class Model:
                 )
         moved = []
         for request_id, sequence in self.sequences.items():
-            if any(
-                old not in (None, new)
-                for old, new in zip(before[request_id], tables[request_id], strict=True)
-            ):
-                moved.append(request_id)
+            for index, (old, new) in enumerate(zip(before[request_id], tables[request_id], strict=True)):
+                if old not in (None, new):
+                    moved.append((request_id, index))
             for block, place in zip(sequence.blocks, tables[request_id], strict=True):
                 block.place = place
         assert not (moved and self.paged), f"paged blocks have moved: {moved}"
@@ -297,6 +300,9 @@ class Model:
         if self.blocks_for(limit) > self.num_blocks:
             return TOO_LARGE
         return self.attempt({**self.sequences, request_id: replace(self.sequences[request_id], limit=limit)})
+
+    def compact(self):
+        return HELD if self.holds and not self.paged else GRANTED
 
     def free(self, request_id):
         self.become({other: s for other, s in self.sequences.items() if other != request_id})

@@ -1,6 +1,6 @@
 """A cache and its oracle, driven in step: every answer predicted, every counter and every byte compared."""
 
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 import pytest
@@ -41,16 +41,24 @@ class Pair:
     spec : KVCacheSpec
     placement, backend : str
     overcommit : float
+    bound : int, optional
+        `max_move_tokens`.
     """
 
-    def __init__(self, spec, placement="contiguous", backend="numpy", overcommit=1.0):
+    def __init__(self, spec, placement="contiguous", backend="numpy", overcommit=1.0, bound=None):
         self.spec = spec
         self.layers = spec.layers
         self.backend = backend
         self.cache = KVCache(
-            spec, backend=backend, placement=placement, overcommit=overcommit, prefix_cache=False
+            spec,
+            backend=backend,
+            placement=placement,
+            overcommit=overcommit,
+            prefix_cache=False,
+            max_move_tokens=bound,
         )
-        self.model = Model(spec.num_blocks, spec.block_size, placement, overcommit, len(spec.layers))
+        self.model = Model(spec.num_blocks, spec.block_size, placement, overcommit, len(spec.layers), bound)
+        self.may_move = bound  # tokens that the call in hand may move
         self.version = 0
         self.exact_moves = True  # a batch may move a sequence twice within one call
         self.seen = self.cache.stats()
@@ -126,6 +134,27 @@ class Pair:
     def commit(self, request_id, tokens=None):
         self.model.commit(request_id, tokens)
         self.cache.commit(request_id, tokens)
+
+    def compact(self, budget=None):
+        """The pool packed, or what a budget allows; what has been moved is counted by whoever compares."""
+        verdict = self.model.compact()
+
+        def compact():
+            moved = self.cache.compact(budget)
+            assert budget is None or moved <= budget
+            return True
+
+        self.exact_moves, self.may_move = False, budget
+        self.carry_out(verdict, compact, None)
+        if verdict is GRANTED and budget is None and not self.model.paged:
+            self.is_packed()
+
+    def is_packed(self):
+        """All runs side by side from the first block on, and every sequence one of them, if there is room to turn."""
+        tables = [self.cache.block_table(request_id).tolist() for request_id in self.cache]
+        assert sorted(chain.from_iterable(tables)) == list(range(sum(map(len, tables))))
+        if self.model.free_blocks:
+            assert all(table == list(range(table[0], table[0] + len(table))) for table in tables if table)
 
     def hold(self):
         self.model.hold()
@@ -220,12 +249,17 @@ class Pair:
 
     def compare_moves(self, moved, stats):
         moves, moved_tokens = stats.moves - self.seen.moves, stats.moved_tokens - self.seen.moved_tokens
-        least = sum(self.tokens[request_id] for request_id in moved)
+        size = self.model.block_size
+        least = sum(min(size, self.tokens[request_id] - index * size) for request_id, index in moved)
+        sequences = len({request_id for request_id, _ in moved})
         if self.exact_moves:
-            assert (moves, moved_tokens) == (len(moved), least)
+            assert moved_tokens == least and (moves >= sequences if self.model.bound else moves == sequences)
         else:
-            assert moves >= len(moved) and moved_tokens >= least
-        self.exact_moves = True
+            assert moves >= sequences and moved_tokens >= least
+        assert stats.moved_bytes == stats.moved_tokens * self.spec.bytes_per_token
+        assert self.may_move is None or moved_tokens <= self.may_move
+        assert stats.longest_pause_tokens >= moved_tokens
+        self.exact_moves, self.may_move = True, self.model.bound
         self.seen = stats
         self.tokens = {request_id: sequence.tokens for request_id, sequence in self.model.sequences.items()}
 

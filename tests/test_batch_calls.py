@@ -108,9 +108,9 @@ def test_an_id_whose_hash_adds_to_the_same_batch_is_refused_and_nothing_is_added
     cache.allocate_for("a", 3)
     cache.allocate_for(caller, 3)
     batch = cache.batch(["a"])
-    with unchanged(cache), pytest.raises(KVCacheError, match="a call of this very thread"):
+    with unchanged(cache):
         caller.call = lambda: batch.add("a")
-        batch.add(caller)
+        pytest.raises(KVCacheError, batch.add, caller).match("a call of this very thread")
     assert list(batch) == ["a"] and batch.append().tolist() == [True]
     batch.add(caller)
     assert batch.lengths.tolist() == [4, 3]

@@ -9,6 +9,7 @@ from walk import FLOATS, crowded_walk, machine
 
 BACKENDS = ["numpy", "none"] + (["mlx"] if importlib.util.find_spec("mlx") else [])
 ON_EACH = pytest.mark.parametrize("backend", BACKENDS)
+BOUNDS = (0, 1, 4, 10, 30)  # tokens that one call may move
 BOTH = pytest.mark.parametrize("placement", ["contiguous", "paged"])
 
 
@@ -25,4 +26,17 @@ def test_no_walk_leaves_the_oracle(placement, backend):
 def test_no_long_walk_through_a_crowded_pool_leaves_the_oracle(placement, backend, overcommit, seed):
     walk = machine(placement, backend, FLOATS)()
     crowded_walk(walk, seed, overcommit)
+    assert walk.model.peak_used_blocks == walk.model.num_blocks
+
+
+@ON_EACH
+def test_no_walk_under_a_bound_on_moves_leaves_the_oracle(backend):
+    run_state_machine_as_test(machine("contiguous", backend, FLOATS, BOUNDS))
+
+
+@ON_EACH
+@pytest.mark.parametrize("seed", range(int(5 * DEPTH)))
+def test_no_long_walk_through_a_crowded_pool_under_a_bound_leaves_the_oracle(backend, seed):
+    walk = machine("contiguous", backend, FLOATS, BOUNDS)()
+    crowded_walk(walk, seed)
     assert walk.model.peak_used_blocks == walk.model.num_blocks

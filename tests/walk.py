@@ -54,24 +54,25 @@ class CacheMachine(RuleBasedStateMachine):
     backend = "numpy"
     dtypes = ("float32",)
     pair_type = Pair
+    bounds = (None,)  # to draw `max_move_tokens` from
 
     @initialize(
         num_blocks=st.integers(4, 14) | st.integers(1, 3),
         block_size=st.integers(1, 5),
         overcommit=st.sampled_from(OVERCOMMITS),
-        dtype=st.data(),
+        data=st.data(),
         crowd=CROWD,
     )
-    def make(self, num_blocks, block_size, overcommit, dtype, crowd):
-        self.begin(
-            num_blocks, block_size, overcommit, dtype.draw(st.sampled_from(self.dtypes), label="dtype")
-        )
+    def make(self, num_blocks, block_size, overcommit, data, crowd):
+        dtype = data.draw(st.sampled_from(self.dtypes), label="dtype")
+        bound = data.draw(st.sampled_from(self.bounds), label="bound")
+        self.begin(num_blocks, block_size, overcommit, dtype, bound)
         self.crowd(crowd)
 
-    def begin(self, num_blocks, block_size, overcommit, dtype):
+    def begin(self, num_blocks, block_size, overcommit, dtype, bound=None):
         layers = uneven_layers(dtype)
         spec = KVCacheSpec.from_layers(layers, num_blocks * block_size, block_size)
-        self.pair = self.pair_type(spec, self.placement, self.backend, overcommit)
+        self.pair = self.pair_type(spec, self.placement, self.backend, overcommit, bound)
         self.model = self.pair.model
         self.holds = []
         self.batch = None
@@ -179,6 +180,10 @@ class CacheMachine(RuleBasedStateMachine):
         request_id = self.pick(index)
         self.pair.set_limit(request_id, self.model.sequences[request_id].tokens + growth or 1)
 
+    @rule(budget=st.none() | st.integers(0, 40))
+    def compact(self, budget):
+        self.pair.compact(budget)
+
     @precondition(something_lives)
     @rule(rounds=st.integers(1, 6), count=st.integers(1, 2))
     def grow_all(self, rounds, count):
@@ -261,7 +266,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     # ---- holds
 
-    @precondition(lambda self: len(self.holds) < 2)
+    @precondition(lambda self: len(self.holds) < 2 and self.model.bound is None)
     @rule()
     def hold(self):
         self.holds.append(self.pair.hold())
@@ -359,9 +364,10 @@ class CacheMachine(RuleBasedStateMachine):
         self.pair.cache.close()
 
 
-def machine(placement, backend, dtypes):
+def machine(placement, backend, dtypes, bounds=(None,)):
     name = f"{placement.capitalize()}{backend.capitalize()}Machine"
-    return type(name, (CacheMachine,), {"placement": placement, "backend": backend, "dtypes": dtypes})
+    options = {"placement": placement, "backend": backend, "dtypes": dtypes, "bounds": bounds}
+    return type(name, (CacheMachine,), options)
 
 
 def crowded_step(walk, chance):
@@ -373,7 +379,8 @@ def crowded_step(walk, chance):
         lambda: walk.allocate(index, chance.randint(1, 20), chance.randint(0, 20), True): 8,
         lambda: walk.allocate(index, chance.randint(1, 12), None, True): 2,
         lambda: walk.allocate_at_the_border(index, chance.randint(-3, 1), 0): 3,
-        walk.hold: 0 if walk.holds else 1,
+        walk.hold: 0 if walk.holds or walk.model.bound is not None else 1,
+        lambda: walk.compact(chance.choice([None, 0, 5, 20, 60])): 1,
         walk.release: 8 if walk.holds else 0,
     }
     with_sequences = {
@@ -402,7 +409,8 @@ def crowded_step(walk, chance):
 def crowded_walk(walk, seed, overcommit=1.0, steps=400):
     """Begins a walk that has not begun, goes so many steps, and ends it."""
     chance = random.Random(seed)
-    walk.begin(chance.randint(8, 32), chance.randint(1, 5), overcommit, chance.choice(walk.dtypes))
+    size = chance.randint(8, 32), chance.randint(1, 5)
+    walk.begin(*size, overcommit, chance.choice(walk.dtypes), chance.choice(walk.bounds))
     for _ in range(steps):
         crowded_step(walk, chance)
     walk.teardown()
