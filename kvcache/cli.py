@@ -1,36 +1,17 @@
 """The `kvcache` command.
 
-Exit codes: 0 done, 1 the demonstration found a difference, 2 bad usage or something missing, 130 interrupted.
+Exit codes: 0 done, 1 the run found a fault, 2 bad usage or something missing, 130 interrupted.
 Every subcommand takes ``--json [FILE]``; with no FILE or ``-``, JSON is all that goes to standard output.
 """
 
 import argparse
-import importlib.util
-import json
 import sys
-from pathlib import Path
 
-from . import demo
-from ._version import __version__
-from .errors import KVCacheError
-
-CORPUS_TOKENS = 65536  # of random ids, that the prompts for a random model are cut from
-TEXT = """\
-Could you help me plan a week of dinners for four people, one of whom does not eat meat? We have an oven, two
-pans and about forty minutes every evening. On Tuesday we come home late, so that should be something from the
-day before. Also, my sister visits on Friday and she likes anything with mushrooms. Of course! Here is a plan
-that uses leftovers well. Monday: a large pot of lentil soup with carrots, celery and a spoon of mustard; keep
-half of it. Why does ice float on water, while most other solids sink in their own liquid? Because water
-molecules form an open lattice when they freeze, the solid takes up more room than the liquid, and so it
-weighs less for its size. Please translate the following into French, and keep the tone friendly: Dear Ms.
-Laurent, thank you for your letter of the third of May. We are happy to tell you that the bicycle has been
-found. Write a short function that returns the second largest number of a list, and say what it does when the
-list has only one. Then explain how you tested it.
-"""
-
-
-class UsageError(Exception):
-    """Something that the caller of a command can put right; the message says how."""
+from kvcache._version import __version__
+from kvcache.cli_arguments import UsageError
+from kvcache.cli_demo import add_demo
+from kvcache.cli_replay import add_replay
+from kvcache.errors import KVCacheError
 
 
 def main(argv=None):
@@ -63,140 +44,9 @@ def _parser():
     )
     parser.add_argument("--version", action="version", version=f"kvcache {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _add_demo(commands)
+    add_demo(commands)
+    add_replay(commands)
     return parser
-
-
-def _add_json(command):
-    command.add_argument(
-        "--json",
-        nargs="?",
-        const="-",
-        metavar="FILE",
-        help="write the result as JSON, to standard output by default",
-    )
-
-
-def _count(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
-
-
-_count.__name__ = "count"  # argparse says "invalid count value"
-
-
-# --- kvcache demo -------------------------------------------------------------------------------------------
-
-
-def _add_demo(commands):
-    command = commands.add_parser(
-        "demo",
-        help="decode many requests on one arena, and prove every token",
-        description="Decodes requests from a queue with continuous batching on one KVCache, then every "
-        "request alone with mlx-lm's own cache, and compares all tokens. Exit code 1 if one differs.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    command.add_argument(
-        "--model", metavar="PATH_OR_REPO", help="a model for mlx_lm.load, in place of a small random Llama"
-    )
-    command.add_argument("--requests", type=_count, default=48, metavar="N", help="how many are in the queue")
-    command.add_argument(
-        "--arena-tokens", type=_count, default=4096, metavar="N", help="what all sequences share"
-    )
-    command.add_argument("--block-size", type=_count, default=16, metavar="N", help="tokens per block")
-    command.add_argument(
-        "--placement",
-        choices=("contiguous", "paged"),
-        default="contiguous",
-        help="how sequences lie in the arena",
-    )
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, lengths and prompts")
-    _add_json(command)
-    command.set_defaults(run=_demo)
-
-
-def _demo(arguments):
-    _check_demo(arguments)
-    import mlx.core as mx
-    from rich.console import Console
-
-    from . import demo_view, mlx_lm
-
-    if mx.default_device() == mx.cpu:
-        mx.disable_compile()  # on the CPU it runs a C++ compiler, which not every machine has
-    console = Console(stderr=arguments.json == "-")
-    model, corpus, caption = _model_of(mlx_lm, arguments)
-    requests = demo.make_requests(arguments.requests, corpus, arguments.arena_tokens, arguments.seed)
-    options = {"block_size": arguments.block_size, "placement": arguments.placement}
-    with (
-        mlx_lm.cache_for(model, arguments.arena_tokens, **options) as cache,
-        demo_view.DemoView(console) as view,
-    ):
-        cache.warmup()
-        result = demo.run(mlx_lm.Decoder(model, cache), requests, view)
-    demo_view.print_result(console, result, caption)
-    _write_json(arguments, result.as_dict() | _settings(arguments))
-    return 0 if result.equal else 1
-
-
-def _check_demo(arguments):
-    """Refuse what cannot work before anything is computed."""
-    modules = {"mlx": "mlx", "mlx_lm": "mlx-lm", "rich": "rich"}
-    missing = [name for module, name in modules.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        raise UsageError(f"the demo needs {', '.join(missing)}: pip install 'kvcache[demo]'")
-    if arguments.arena_tokens < demo.SMALLEST_ARENA:
-        raise UsageError(
-            f"an arena of {arguments.arena_tokens} tokens is too small to share: "
-            f"give --arena-tokens at least {demo.SMALLEST_ARENA}"
-        )
-    if arguments.arena_tokens < 8 * arguments.block_size:
-        raise UsageError(
-            f"{arguments.arena_tokens} tokens are {arguments.arena_tokens // arguments.block_size} blocks of "
-            f"{arguments.block_size}: give --block-size at most {arguments.arena_tokens // 8}"
-        )
-    if arguments.seed < 0:
-        raise UsageError(f"--seed is {arguments.seed}, expected at least 0")
-    if arguments.json not in (None, "-") and not Path(arguments.json).absolute().parent.is_dir():
-        raise UsageError(f"--json {arguments.json}: there is no such folder")
-
-
-def _model_of(mlx_lm, arguments):
-    """The model, token ids to cut prompts from, and a line that says what runs."""
-    size = f"{arguments.requests} requests, {arguments.placement} arena of {arguments.arena_tokens:,} tokens"
-    if arguments.model is None:
-        model = mlx_lm.random_llama(arguments.seed)
-        vocabulary = model.args.vocab_size
-        corpus = demo.random_ids(CORPUS_TOKENS, vocabulary, arguments.seed)
-        return model, corpus, f"small random Llama, {size}"
-    try:
-        model, tokenizer = mlx_lm.load(arguments.model)
-    except Exception as error:  # loaders and tokenizers raise what they like
-        raise UsageError(
-            f"{arguments.model} does not load: {type(error).__name__}: {error}\n--model takes a folder with "
-            "config.json, weights and tokenizer, or the name of a repository on the Hugging Face hub"
-        ) from error
-    return model, tokenizer.encode(TEXT), f"{arguments.model}, {size}"
-
-
-def _settings(arguments):
-    names = ("model", "arena_tokens", "block_size", "placement", "seed")
-    return {name: getattr(arguments, name) for name in names}
-
-
-def _write_json(arguments, values):
-    if arguments.json is None:
-        return
-    text = json.dumps(values, indent=2) + "\n"
-    if arguments.json == "-":
-        sys.stdout.write(text)
-        return
-    try:
-        Path(arguments.json).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"--json {arguments.json}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import kvcache
-from kvcache import cli
+from kvcache import cli, cli_demo
 
 
 def run(capsys, *argv):
@@ -184,7 +184,7 @@ def test_an_interrupted_run_says_so(quick, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.demo, "run", interrupt)
+    monkeypatch.setattr(cli_demo.demo, "run", interrupt)
     code, _, err = quick()
     assert code == 130
     assert err == "kvcache: interrupted\n"

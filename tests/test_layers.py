@@ -14,11 +14,25 @@ PACKAGE = Path(__file__).parents[1] / "kvcache"
 RANKS = {
     "__init__": 6,
     "cli": 5,
+    "cli_arguments": 5,
+    "cli_demo": 5,
+    "cli_replay": 5,
     "mlx_lm": 5,
     "mlx_rows": 5,
     "mlx_sequence": 5,
     "demo": 4,
     "demo_view": 4,
+    "replay": 4,
+    "replay_baselines": 4,
+    "replay_contents": 4,
+    "replay_figures": 4,
+    "replay_film": 4,
+    "replay_plot": 4,
+    "replay_sweep": 4,
+    "replay_view": 4,
+    "workloads": 4,
+    "trace_forms": 3,
+    "traces": 3,
     "cache": 3,
     "stats": 3,
     "arena": 2,
@@ -48,7 +62,7 @@ RANKS = {
 DOORS = {"_alloc", "_batch", "_copy", "_runs"}  # the other native modules are closed to the ranks above
 ROOMS = {name for name, rank in RANKS.items() if rank == 1} - DOORS
 ONLY_IMPORTER = {"mlx_lm": "mlx_lm"}  # outside package -> the one module that may import it
-OPTIONAL = ("mlx", "mlx_lm", "ml_dtypes", "rich", "typer")
+OPTIONAL = ("mlx", "mlx_lm", "ml_dtypes", "rich", "typer", "matplotlib", "joblib", "distributed")
 
 CIMPORT = re.compile(r"^\s*from\s+([\w.]+)\s+c?import\s+(\(?[\w ,]*)|^\s*c?import\s+([\w., ]+)", re.MULTILINE)
 
