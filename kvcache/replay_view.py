@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 
+from rich.box import SIMPLE_HEAD
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -32,8 +33,7 @@ def percent(share, digits=1):
 def caption_of(record):
     """A line that says what was replayed."""
     how = f"{record['placement']}, {record['pool_tokens']:,} tokens in blocks of {record['block_size']}"
-    lengths = "known" if record["max_tokens_known"] else "unknown"
-    return f"{record['trace']}: {how}, {percent(record['keep_free'], 0)} kept free, lengths {lengths}"
+    return f"{record['trace']}: {how}, {percent(record['keep_free'], 0)} kept free, {_lengths(record)}"
 
 
 def print_records(console, records):
@@ -48,7 +48,7 @@ def print_records(console, records):
     if len(records) == 1:
         print_replay(console, caption_of(records[0]), records[0])
     else:
-        print_sweep(console, f"{records[0]['trace']}, {len(records)} replays", records)
+        print_sweep(console, records)
 
 
 def print_replay(console, caption, record):
@@ -97,37 +97,76 @@ def facts_of(record):
     yield "took", f"{record['wall_seconds']:.2f} s"
 
 
-COLUMNS = {
-    "placement": lambda cell: cell["placement"],
-    "pool": lambda cell: f"{cell['pool_tokens']:,}",
-    "block": lambda cell: str(cell["block_size"]),
-    "kept free": lambda cell: percent(cell["keep_free"], 0),
-    "sequences": lambda cell: f"{cell['mean_sequences']:.1f}",
-    "utilization": lambda cell: percent(cell["utilization"]),
-    "zero-copy": lambda cell: percent(cell["zero_copy_fraction"]),
-    "moved": lambda cell: percent(cell["moved_over_attended"], 2),
-    "pause": lambda cell: f"{cell['longest_pause_tokens']:,}",
-    "waste": lambda cell: percent(cell["internal_waste"]),
-    "preempted": lambda cell: f"{cell['preempted']:,}",
-    "refused": lambda cell: f"{cell['refused']:,}",
+def _hundredths(name, digits=1):
+    return lambda cell: f"{100 * cell[name]:.{digits}f}"
+
+
+SETTINGS = {  # setting -> heading and text; left out of the table where all cells have the same
+    "placement": ("placement", lambda cell: cell["placement"]),
+    "pool_tokens": ("pool\ntokens", lambda cell: f"{cell['pool_tokens']:,}"),
+    "block_size": ("block", lambda cell: str(cell["block_size"])),
+    "keep_free": ("kept\nfree %", lambda cell: f"{100 * cell['keep_free']:.3g}"),
 }
-LEFT_COLUMNS = ("placement",)
+FIGURES = {
+    "at\nonce": lambda cell: f"{cell['mean_sequences']:.1f}",
+    "used\n%": _hundredths("utilization"),
+    "one\nrun %": _hundredths("zero_copy_fraction"),
+    "moved\n%": _hundredths("moved_over_attended", 2),
+    "pause": lambda cell: f"{cell['longest_pause_tokens']:,}",
+    "waste\n%": _hundredths("internal_waste"),
+    "pre-\nempts": lambda cell: f"{cell['preempted']:,}",
+    "blocked": lambda cell: f"{cell['blocked_by_fragmentation']:,}",
+}
+LEGEND = {
+    "at once": "live sequences in a step",
+    "used": "live tokens, of the pool",
+    "one run": "sequences that a view need not copy",
+    "moved": "tokens, of those attended to",
+    "pause": "the most tokens moved at once",
+    "waste": "of the blocks held",
+    "preempts": "times that a sequence was preempted",
+    "blocked": "steps in which enough was free, but not in one piece",
+}
 
 
-def print_sweep(console, caption, records):
+def sweep_rows(records):
+    """A table of the cells: its caption, the names of its columns, and a row of text for each cell."""
+    first = records[0]
+    varied = [name for name in SETTINGS if any(record[name] != first[name] for record in records)]
+    told = {
+        "placement": first["placement"],
+        "pool_tokens": f"{first['pool_tokens']:,} tokens",
+        "block_size": f"blocks of {first['block_size']}",
+        "keep_free": f"{percent(first['keep_free'], 0)} kept free",
+    }
+    fixed = [text for name, text in told.items() if name not in varied]
+    caption = f"{first['trace']}: {', '.join([*fixed, _lengths(first)])}"
+    columns = dict(SETTINGS[name] for name in varied) | FIGURES
+    return caption, list(columns), [[text(record) for text in columns.values()] for record in records]
+
+
+def _lengths(record):
+    return f"lengths {'known' if record['max_tokens_known'] else 'unknown'}"
+
+
+def print_sweep(console, records):
     """Print a row for every cell.
 
     Parameters
     ----------
     console : rich.console.Console
-    caption : str
     records : list of dict
         As ``--json`` has them.
     """
-    table = Table(title=caption, title_justify="left", show_edge=False, pad_edge=False)
-    for name in COLUMNS:
-        table.add_column(name, justify="left" if name in LEFT_COLUMNS else "right")
-    for record in records:
-        table.add_row(*(told(record) for told in COLUMNS.values()))
-    note = "moved: of attended tokens; pause: the most tokens moved at once; waste: of the blocks held"
-    console.print(table, Text(note, "dim"), sep="\n", highlight=False)
+    caption, heading, rows = sweep_rows(records)
+    table = Table(title=caption, title_justify="left", box=SIMPLE_HEAD, padding=0)
+    for name in heading:
+        table.add_column(
+            name, justify="left" if name == "placement" else "right", min_width=len(name.split()[0])
+        )
+    for row in rows:
+        table.add_row(*row)
+    legend = Table.grid(padding=(0, 2))
+    for name, meaning in LEGEND.items():
+        legend.add_row(name, meaning, style="dim")
+    console.print(table, Text(), legend, sep="\n", highlight=False)
