@@ -209,28 +209,25 @@ def _replay(arguments):
 
 def _check(arguments):
     """Refuse what cannot work before anything is computed."""
-    require("a replay", "replay", {"rich": "rich"})
-    cells = math.prod(len(getattr(arguments, name)) for name in LISTS)
-    if cells > 1 and arguments.jobs != 1:
-        require("a sweep", "replay", {"joblib": "joblib"})
-    if arguments.dask is not None:
-        require("--dask", "dask", {"joblib": "joblib", "distributed": "dask[distributed]"})
-    if arguments.plot is not None:
-        require("--plot", "replay", {"matplotlib": "matplotlib"})
-        if Path(arguments.plot).suffix.lower() not in PICTURES:
-            raise UsageError(f"--plot {arguments.plot}: give a name that ends in {', '.join(PICTURES)}")
+    _check_libraries(arguments)
     check_folder("--json", arguments.json)
     check_folder("--plot", arguments.plot)
-    if arguments.backend != "none":
-        if arguments.backend == "mlx":
-            require("--backend mlx", "mlx", {"mlx": "mlx"})
-        without = [name for name in arguments.placement if name in BASELINES]
-        if without:
-            raise UsageError(
-                f"--placement {without[0]} keeps no bytes: leave --backend {arguments.backend} out"
-            )
+    if arguments.plot is not None and Path(arguments.plot).suffix.lower() not in PICTURES:
+        raise UsageError(f"--plot {arguments.plot}: give a name that ends in {', '.join(PICTURES)}")
+    without = [name for name in arguments.placement if name in BASELINES]
+    if without and arguments.backend != "none":
+        raise UsageError(f"--placement {without[0]} keeps no bytes: leave --backend {arguments.backend} out")
     if arguments.trace is not None and arguments.workload is not None:
         raise UsageError(f"--workload generates traffic, and {arguments.trace} has its own: give one of them")
+    if arguments.dask is not None and arguments.jobs is not None:
+        raise UsageError(
+            "--jobs counts processes of this machine, --dask has workers of its own: give one of them"
+        )
+    if arguments.overcommit not in (None, math.inf) and not arguments.max_tokens_known:
+        raise UsageError(
+            "--overcommit bounds what is promised, and with unknown lengths every request is promised the whole "
+            "pool: add --max-tokens-known, or leave it out"
+        )
     if arguments.seed < 0:
         raise UsageError(f"--seed is {arguments.seed}, expected at least 0")
     small, large = min(arguments.pool_tokens), max(arguments.block_size)
@@ -238,10 +235,18 @@ def _check(arguments):
         raise UsageError(
             f"a pool of {small} tokens is less than a block of {large}: give a larger --pool-tokens"
         )
-    if arguments.dask is not None and arguments.jobs is not None:
-        raise UsageError(
-            "--jobs counts processes of this machine, --dask has workers of its own: give one of them"
-        )
+
+
+def _check_libraries(arguments):
+    require("a replay", "replay", {"rich": "rich"})
+    if arguments.dask is not None:
+        require("--dask", "dask", {"joblib": "joblib", "distributed": "dask[distributed]"})
+    if arguments.jobs != 1 and math.prod(len(getattr(arguments, name)) for name in LISTS) > 1:
+        require("a sweep", "replay", {"joblib": "joblib"})
+    if arguments.plot is not None:
+        require("--plot", "replay", {"matplotlib": "matplotlib"})
+    if arguments.backend == "mlx":
+        require("--backend mlx", "mlx", {"mlx": "mlx"})
 
 
 def _run(arguments, trace, cells):
@@ -298,14 +303,21 @@ def _figures(arguments, trace, cells, film):
             yield replay(trace, cells[0], lambda now: tell(now.finished, len(now.order)), film)
         return
     with replay_view.progress_bar(console, "cells", len(cells)) as tell:
-        for done, figures in enumerate(sweep(trace, cells, arguments.jobs, arguments.dask), 1):
-            tell(done)
-            yield figures
+        try:
+            for done, figures in enumerate(sweep(trace, cells, arguments.jobs, arguments.dask), 1):
+                tell(done)
+                yield figures
+        except OSError as error:
+            raise UsageError(f"the cells cannot be given out: {error}") from error
 
 
 def _plot(file, records, film):
     from kvcache import replay_plot
 
+    if film is not None and not film.steps:
+        raise UsageError(
+            f"--plot {file}: every request was refused, there is no step to draw: give a larger --pool-tokens"
+        )
     try:
         replay_plot.draw(file, records, film)
     except OSError as error:

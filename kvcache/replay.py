@@ -311,6 +311,8 @@ class Replay:
             tokens, total = self.pool.used_tokens(number), self.totals[number]
             wanted = self._width(tokens + 1, total) - self._width(tokens, total)
             blocked |= wanted <= self.pool.free_blocks
+            if len(self.live) == 1:
+                raise ReplayFault(f"request {number}, alone in the pool, is refused token {tokens + 1}")
             self._preempt(next(reversed(self.live)))
         return blocked
 

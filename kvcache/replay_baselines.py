@@ -6,8 +6,9 @@ replay makes of a `KVCache`. Where runs come from is up to its rule:
 `Reserve`
     room for prompt and full output from the start, first fit, never moved: the guide's fixed mode.
 `Buddy`
-    powers of two that are split and merged. A sequence that outgrows its run gets one of twice the size: in place if
-    its right neighbour of that size is free, else by a copy.
+    powers of two that are split and merged. A sequence that outgrows its run gets one of twice the length: what it
+    has and the other half beside it, if that is free, else one elsewhere. It is copied unless it already lies at
+    the beginning of that.
 """
 
 from typing import NamedTuple
@@ -109,12 +110,11 @@ class Buddy:
 
     def grow(self, run):
         """A run of twice the length in place of this one, or None, and nothing has changed."""
-        order = run.length.bit_length() - 1
-        right = run.start + run.length
-        if not run.start & run.length and right in self._free[order]:
-            self._free[order].remove(right)
+        order, other_half = run.length.bit_length() - 1, run.start ^ run.length
+        if other_half in self._free[order]:
+            self._free[order].remove(other_half)
             self.free_blocks -= run.length
-            return Run(run.start, 2 * run.length)
+            return Run(min(run.start, other_half), 2 * run.length)
         wider = self.allocate(2 * run.length)
         if wider is not None:
             self.free(run)

@@ -85,13 +85,18 @@ def draw(file, records, film=None):
 
 def _page(records, picture):
     if len(records) == 1:
-        title, rows, kind = caption_of(records[0]), list(facts_of(records[0])), "facts"
+        title, kind, rows = caption_of(records[0]), "facts", _html_rows(facts_of(records[0]))
     else:
         title, heading, rows = sweep_rows(records)
-        rows, kind = [[name.replace("-\n", "").replace("\n", " ") for name in heading], *rows], "cells"
-    cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-    table = f'<table class="{kind}">' + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
+        heading = [name.replace("-\n", "").replace("\n", " ") for name in heading]
+        kind, rows = "cells", _html_rows([heading], "th") + _html_rows(rows)
+    table = f'<table class="{kind}">{rows}</table>'
     return PAGE.format(title=html.escape(title), picture=picture, table=table)
+
+
+def _html_rows(rows, tag="td"):
+    cells = ("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) for row in rows)
+    return "".join(f"<tr>{row}</tr>" for row in cells)
 
 
 # --- one replay over time

@@ -6,6 +6,8 @@ from dataclasses import asdict, replace
 
 from kvcache.replay import replay
 
+CONNECT_SECONDS = 10  # to wait for a Dask scheduler
+
 
 def cells_of(settings, **choices):
     """Every combination of some settings, the last varying fastest.
@@ -63,5 +65,5 @@ def sweep(trace, cells, jobs=None, dask=None):
         return
     from distributed import Client
 
-    with Client(dask, set_as_default=True), joblib.parallel_config(backend="dask"):
+    with Client(dask, timeout=CONNECT_SECONDS, set_as_default=True), joblib.parallel_config(backend="dask"):
         yield from joblib.Parallel(return_as="generator")(tasks)

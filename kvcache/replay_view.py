@@ -61,10 +61,10 @@ def print_replay(console, caption, record):
     record : dict
         As ``--json`` has it.
     """
-    table = Table(title=caption, title_justify="left", show_header=False, show_edge=False, pad_edge=False)
+    table = Table.grid(padding=(0, 2))
     for name, told in facts_of(record):
         table.add_row(name, told)
-    console.print(table, highlight=False)
+    console.print(Text(caption, "bold"), Text(), table, sep="\n", highlight=False)
 
 
 def facts_of(record):
@@ -159,7 +159,7 @@ def print_sweep(console, records):
         As ``--json`` has them.
     """
     caption, heading, rows = sweep_rows(records)
-    table = Table(title=caption, title_justify="left", box=SIMPLE_HEAD, padding=0)
+    table = Table(box=SIMPLE_HEAD, padding=0)
     for name in heading:
         table.add_column(
             name, justify="left" if name == "placement" else "right", min_width=len(name.split()[0])
@@ -169,4 +169,4 @@ def print_sweep(console, records):
     legend = Table.grid(padding=(0, 2))
     for name, meaning in LEGEND.items():
         legend.add_row(name, meaning, style="dim")
-    console.print(table, Text(), legend, sep="\n", highlight=False)
+    console.print(Text(caption, "bold"), table, legend, sep="\n", highlight=False)
