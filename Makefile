@@ -1,6 +1,7 @@
 # Every target sets itself up, from Python >= 3.10, a C compiler and make; a second run starts at once.
 #
 #   make demo       a small model decodes a few dozen requests out of one arena     ARGS="--requests 40"
+#   make replay     traffic of a service through a cache, and what it comes to      ARGS="--workload code"
 #   make test       the tests, against the installed package                        TESTS=tests/test_spec.py ARGS="-k itemsize"
 #   make bench      the benchmarks, compared with the committed baseline
 #   make docs       the manual, warnings are errors: docs/_build/html
@@ -26,11 +27,14 @@ SOURCES := pyproject.toml setup.py MANIFEST.in LICENSE \
 # The tests see the installed package only: nothing beside them is called kvcache.
 PYTEST = cd $(VENV) && $(BIN)/pytest -c $(ROOT)/pyproject.toml --rootdir $(ROOT)
 
-.PHONY: demo test bench docs lint coverage sanitize dist dist-check inplace clean
+.PHONY: demo replay test bench docs lint coverage sanitize dist dist-check inplace clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
 	$(BIN)/kvcache demo $(ARGS)
+
+replay: $(VENV)/.replay
+	$(BIN)/kvcache replay $(ARGS)
 
 test: $(VENV)/.test
 	$(PYTEST) $(addprefix $(ROOT)/,$(TESTS)) $(ARGS)
@@ -67,7 +71,7 @@ $(VENV)/.package: $(DIST)/.made
 	$(PIP) install --force-reinstall --no-deps $(DIST)/*.whl
 	touch $@
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.docs $(VENV)/.lint: $(VENV)/.%: $(VENV)/.package
+$(VENV)/.demo $(VENV)/.replay $(VENV)/.test $(VENV)/.bench $(VENV)/.docs $(VENV)/.lint: $(VENV)/.%: $(VENV)/.package
 	$(PIP) install "$$(echo $(DIST)/*.whl)[$*]"
 	touch $@
 

@@ -179,11 +179,12 @@ def _draw_map(panel, record, maps, steps, tokens):
 
 def _coloured(owners, record):
     """RGB of each cell. The hue goes around once in twice as many requests as live at once; tones alternate."""
-    numbers = np.maximum(owners, 0)
+    numbers, cells = np.unique(owners, return_inverse=True)
     hues = numbers / max(8.0, 2 * record["mean_sequences"]) % 1
     tones = np.array(TONES)[numbers % len(TONES)]
-    colours = np.stack([hues, tones[..., 0], tones[..., 1]], axis=-1)
-    return np.where((owners < 0)[..., None], FREE, hsv_to_rgb(colours))
+    colours = hsv_to_rgb(np.column_stack([hues, tones]))
+    colours[numbers < 0] = FREE
+    return (255 * colours).astype(np.uint8)[cells.reshape(owners.shape)]
 
 
 def _arena_tokens(record):
