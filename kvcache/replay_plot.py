@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import rc_context
-from matplotlib.colors import hsv_to_rgb
+from matplotlib.colors import hsv_to_rgb, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
@@ -199,23 +199,24 @@ def _thousands(value, position):
 
 
 def _figure_of_sweep(records):
-    figure = Figure(figsize=(12, 5.5), layout="constrained")
-    curve, held = figure.subplots(1, 2, width_ratios=[3, 2])
     groups = _groups(records)
+    figure = Figure(figsize=(12, max(5.5, 2 + 0.32 * len(groups))), layout="constrained")
+    curve, held = figure.subplots(1, 2, width_ratios=[3, 2])
     for (label, colour, marker), cells in groups.items():
         shares = [cell["utilization"] for cell in cells]
         moved = [cell["moved_over_attended"] for cell in cells]
         curve.plot(shares, moved, color=colour, marker=marker, markersize=5, linewidth=1.2, label=label)
     _label_kept(curve, groups)
-    curve.set_title("moved over attended tokens (labels: share kept free)")
+    labelled = " (labels: share kept free)" if len(records) > len(groups) else ""
+    curve.set_title(f"moved over attended tokens{labelled}")
     curve.set_xlabel("utilization: live tokens over tokens of the pool")
     curve.set_ylabel("tokens moved over tokens attended to")
     curve.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    curve.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    curve.yaxis.set_major_formatter(PercentFormatter(1))
     curve.yaxis.set_major_locator(MaxNLocator(8))
     curve.margins(x=0.08, y=0.12)
     curve.set_ylim(bottom=-0.02 * curve.get_ylim()[1])
-    curve.legend(frameon=False, loc="upper left")
+    curve.legend(framealpha=0.7, edgecolor="none", loc="best")
     _draw_held(held, groups)
     figure.suptitle(sweep_rows(records)[0], x=0.01, ha="left", fontsize=12, fontweight="bold")
     return figure
@@ -225,14 +226,21 @@ def _groups(records):
     """Cells that differ in what is kept free only: a line each, coloured by placement."""
     groups, markers = defaultdict(list), {}
     pools, blocks = ({record[name] for record in records} for name in ("pool_tokens", "block_size"))
+    shapes = {(record["pool_tokens"], record["block_size"]) for record in records}
     for record in records:
         shape = record["pool_tokens"], record["block_size"]
         marker = markers.setdefault(shape, MARKERS[len(markers) % len(MARKERS)])
         label = [record["placement"]]
         label += [f"{shape[0]:,}"] if len(pools) > 1 else []
         label += [f"blocks of {shape[1]}"] if len(blocks) > 1 else []
-        groups[", ".join(label), COLOURS[record["placement"]], marker].append(record)
+        paled = 0.6 * list(markers).index(shape) / len(shapes)
+        groups[", ".join(label), _paler(COLOURS[record["placement"]], paled), marker].append(record)
     return {line: sorted(cells, key=lambda cell: -cell["keep_free"]) for line, cells in groups.items()}
+
+
+def _paler(colour, share):
+    """A colour, by so much on its way to white."""
+    return tuple(1 - (1 - part) * (1 - share) for part in to_rgb(colour))
 
 
 def _label_kept(panel, groups):

@@ -7,18 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from commands import run
 
 import kvcache
-from kvcache import cli, cli_demo
-
-
-def run(capsys, *argv):
-    """Exit code, standard output and standard error of a command run in this process."""
-    try:
-        code = cli.main(list(argv))
-    except SystemExit as leaving:
-        code = leaving.code
-    return code, *capsys.readouterr()
+from kvcache import cli_demo
 
 
 @pytest.fixture

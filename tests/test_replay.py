@@ -261,6 +261,13 @@ def test_a_cache_that_admits_nobody_is_caught(monkeypatch):
         replay(trace_of((8, 1)), SMALL)
 
 
+def test_a_cache_that_refuses_whoever_is_alone_is_caught(monkeypatch):
+    monkeypatch.setattr(kvcache.KVCache, "append_token", lambda cache, request_id: False)
+    monkeypatch.setattr(kvcache.DecodeBatch, "append", lambda batch: np.zeros(len(batch), bool))
+    with pytest.raises(ReplayFault, match="request 0, alone in the pool, is refused token 9"):
+        replay(trace_of((8, 1), (8, 1)), SMALL)
+
+
 @pytest.mark.parametrize("placement", ["contiguous", "paged"])
 @pytest.mark.parametrize("backend", ["numpy", "mlx"])
 def test_real_bytes_come_out_as_they_were_written(backend, placement):

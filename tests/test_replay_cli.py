@@ -14,7 +14,7 @@ import zlib
 from xml.etree import ElementTree
 
 import pytest
-from test_cli import run
+from commands import run
 
 import kvcache
 from kvcache import cli, cli_replay

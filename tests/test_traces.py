@@ -127,6 +127,7 @@ BAD_CSV = {
     "2023-11-16 18:15:46+99:00,374,44": "TIMESTAMP is",
     ",,": "ContextTokens is ''",
     '"': "1 fields, expected 3",
+    '"' + "x" * 200_000: "not CSV: field larger than field limit",
     "\0\0": "1 fields, expected 3",
     "\x1b[2Jx,y,z": "ContextTokens is 'y'",
 }
