@@ -61,12 +61,7 @@ def write_json(file, values, indent=None):
     if file == "-":
         sys.stdout.write(text)
         return
-    write_text("--json", file, text)
-
-
-def write_text(option, file, text):
-    """Write a file that an option names."""
     try:
         Path(file).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"{option} {file}: {error.strerror}") from error
+        raise UsageError(f"--json {file}: {error.strerror}") from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from kvcache.cli_arguments import UsageError, add_json, check_folder, count, require, write_json
 from kvcache.replay import ALL_PLACEMENTS, BASELINES, ReplayFault, Settings, replay
 from kvcache.replay_sweep import cells_of, record_of, sweep
-from kvcache.traces import read_trace
+from kvcache.traces import TraceError, read_trace
 from kvcache.workloads import WORKLOADS
 
 PICTURES = (".png", ".svg", ".html")
@@ -212,6 +212,10 @@ def _check(arguments):
     _check_libraries(arguments)
     check_folder("--json", arguments.json)
     check_folder("--plot", arguments.plot)
+    if _is_trace(arguments.json):  # --json takes what follows it
+        raise UsageError(
+            f"--json {arguments.json} would overwrite a trace: name the trace first, or give --json -"
+        )
     if arguments.plot is not None and Path(arguments.plot).suffix.lower() not in PICTURES:
         raise UsageError(f"--plot {arguments.plot}: give a name that ends in {', '.join(PICTURES)}")
     without = [name for name in arguments.placement if name in BASELINES]
@@ -235,6 +239,15 @@ def _check(arguments):
         raise UsageError(
             f"a pool of {small} tokens is less than a block of {large}: give a larger --pool-tokens"
         )
+
+
+def _is_trace(file):
+    if file in (None, "-") or not Path(file).is_file():
+        return False
+    try:
+        return len(read_trace(file, skip_bad=True)) > 0
+    except TraceError:
+        return False
 
 
 def _check_libraries(arguments):

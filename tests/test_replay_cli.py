@@ -132,6 +132,18 @@ def test_json_goes_to_a_file(quick, tmp_path):
     assert "60 finished" in out
 
 
+def test_json_does_not_overwrite_a_trace_that_follows_it(quick, trace, tmp_path):
+    with open(trace) as file:
+        before = file.read()
+    code, out, err = quick("--json", trace)
+    with open(trace) as file:
+        assert file.read() == before
+    assert (code, out) == (2, "")
+    assert f"--json {trace} would overwrite a trace: name the trace first, or give --json -" in err
+    for _ in range(2):  # what it wrote itself may be written anew
+        assert quick(trace, "--json", str(tmp_path / "out.json"))[0] == 0
+
+
 def test_every_figure_is_a_finite_number(quick):
     (record,) = records_of(quick("--json")[1])
     assert all(type(record[name]) in (int, float) for name in ISSUED)
