@@ -16,7 +16,7 @@ from kvcache._calls cimport wait_for_holds
 from kvcache._copy cimport Copier, Sources
 from kvcache._ids cimport as_count, as_tokens
 from kvcache._lock cimport kv_lock
-from kvcache._placement cimport hot_t, seq_t
+from kvcache._space cimport hot_t, seq_t
 from kvcache._pool cimport (
     BUSY,
     GONE,

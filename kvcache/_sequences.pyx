@@ -4,24 +4,14 @@ Every change computes what it needs, refuses if that is not there, has the arena
 the books; so a refusal, or an arena that fails, leaves everything as it was.
 """
 
-from libc.stdint cimport int32_t, int64_t
+from libc.stdint cimport INT64_MAX, int32_t, int64_t
 from libc.stdlib cimport realloc
 from libc.string cimport memcpy
 
 from kvcache._blocks cimport NOWHERE, block_is_free, give_run, mark_free, take_block, take_lowest, take_run
 from kvcache._lock cimport kv_unlock
 from kvcache._moves cimport move_t
-from kvcache._placement cimport (
-    growth_of,
-    hot_t,
-    own_run,
-    place_by_sliding,
-    place_growth,
-    place_in_gap,
-    room_after,
-    seq_t,
-    settle,
-)
+from kvcache._placement cimport place_by_sliding, place_growth, place_in_gap
 from kvcache._pool cimport (
     BELOW_USED,
     BUSY,
@@ -61,6 +51,7 @@ from kvcache._sharing cimport (
     share_blocks,
     tail_is_shared,
 )
+from kvcache._space cimport growth_of, hot_t, own_run, room_after, seq_t, settle
 
 
 cdef void do_deferred(pool_t *pool) noexcept nogil:
@@ -98,7 +89,7 @@ cdef status_t plan_run(pool_t *pool, int64_t blocks, int64_t growth, bint patien
     if not place_in_gap(&pool.space, blocks, growth):
         status = may_move(pool, patient)
         if status == OK:
-            place_by_sliding(&pool.space, blocks, growth)
+            place_by_sliding(&pool.space, blocks, growth, INT64_MAX)
     return status
 
 
@@ -252,7 +243,7 @@ cdef status_t grow_run(pool_t *pool, int32_t who, int64_t more, bint patient) no
         if room_after(&pool.space, seq) < more:
             status = may_move(pool, patient)
             if status == OK:
-                place_growth(&pool.space, who, more)
+                place_growth(&pool.space, who, more, INT64_MAX)
                 status = carry_out(pool)
             if status != OK:
                 return status
