@@ -23,7 +23,7 @@ from kvcache._lock cimport (
     kv_lock_runs_python,
     kv_lock_try,
 )
-from kvcache._placement cimport held
+from kvcache._space cimport held
 from kvcache._runs cimport block_map_text, fragmentation_of
 from kvcache._pool cimport (
     ceil_div,

@@ -27,7 +27,7 @@ from kvcache._lock cimport (
     kv_turn_take,
     kv_turn_wants,
 )
-from kvcache._placement cimport held, hot_t, seq_t
+from kvcache._space cimport held, hot_t, seq_t
 from kvcache._pool cimport (
     BUSY,
     GONE,

@@ -43,6 +43,7 @@ cdef void blocks_destroy(blocks_t *blocks) noexcept nogil
 # Runs: need the index of gaps.
 cdef int64_t gap_for(const blocks_t *blocks, int64_t length) noexcept nogil
 cdef int64_t longest_gap(const blocks_t *blocks) noexcept nogil
+cdef int64_t next_gap_for(const blocks_t *blocks, int64_t gap, int64_t length) noexcept nogil
 cdef int64_t gap_at(const blocks_t *blocks, int64_t block) noexcept nogil
 cdef int64_t gap_start(const blocks_t *blocks, int64_t block) noexcept nogil
 cdef void take_run(blocks_t *blocks, int64_t gap, int64_t start, int64_t length) noexcept nogil

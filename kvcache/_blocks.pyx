@@ -177,6 +177,18 @@ cdef int64_t gap_for(const blocks_t *blocks, int64_t length) noexcept nogil:
     return blocks.heads[kind] if kind != NOWHERE else NOWHERE
 
 
+cdef int64_t next_gap_for(const blocks_t *blocks, int64_t gap, int64_t length) noexcept nogil:
+    """After `gap`, which gap_for or this has found for `length`: another one, of its class or the next; or NOWHERE."""
+    cdef int32_t kind = class_of(blocks.cells[gap].length)
+    gap = blocks.cells[gap].a
+    while gap != NOWHERE and blocks.cells[gap].length < length:
+        gap = blocks.cells[gap].a
+    if gap == NOWHERE:
+        kind = next_class(blocks, kind + 1)
+        gap = blocks.heads[kind] if kind != NOWHERE else NOWHERE
+    return gap
+
+
 cdef int64_t gap_at(const blocks_t *blocks, int64_t block) noexcept nogil:
     """Length of the gap that begins at `block`, which is used or the first of its gap (or past the end): 0 for none."""
     if block >= blocks.num_blocks or not block_is_free(blocks, block):

@@ -4,7 +4,7 @@ from libc.stdint cimport int32_t, int64_t
 from libc.stdlib cimport calloc, free
 
 from kvcache._blocks cimport NOWHERE, block_is_free, cell_t, check_blocks
-from kvcache._placement cimport growth_of, held, hot_t, seq_t
+from kvcache._space cimport growth_of, held, hot_t, seq_t
 from kvcache._pool cimport pool_t, slot_of, used_blocks
 
 

@@ -3,10 +3,11 @@
 from libc.stdint cimport INT64_MAX, int32_t, int64_t
 
 from kvcache._blocks cimport NOWHERE, block_is_free, largest_free_run, next_free
-from kvcache._placement cimport own_run, pack_left, pack_right, plan_move, run_tokens, seq_t, space_t
 from kvcache._pool cimport NO_MEMORY, OK, add_places, pool_t, status_t, take_place
 from kvcache._scatter cimport plan_heal
 from kvcache._sequences cimport carry_out
+from kvcache._slides cimport pack_left, pack_right
+from kvcache._space cimport end_of, own_run, plan_clear, plan_move, run_tokens, seq_t, space_t
 
 ctypedef struct window_t:   # runs between two gaps, both included
     int64_t low             # first block of the first gap
@@ -28,7 +29,7 @@ cdef status_t pack_everything(pool_t *pool) noexcept nogil:
     cdef space_t *space = &pool.space
     cdef int64_t who = 0
     cdef status_t status
-    space.plan.count = space.plan.tokens = 0
+    plan_clear(&space.plan)
     pack_left(space, 0, space.blocks.num_blocks, 0)
     status = carry_out(pool)
     while status == OK and space.further and space.blocks.free_blocks and who < pool.places:
@@ -51,9 +52,9 @@ cdef status_t bring_next(pool_t *pool, int32_t who) noexcept nogil:
     cdef status_t status
     if space.seqs[run].blocks > spare and split_run(pool, run, spare):
         return NO_MEMORY
-    end = space.seqs[who].start + space.seqs[who].blocks
+    end = end_of(&space.seqs[who])
     start, length = space.seqs[run].start, space.seqs[run].blocks
-    space.plan.count = space.plan.tokens = 0
+    plan_clear(&space.plan)
     plan_move(space, run, space.blocks.num_blocks - spare)
     if start > end:
         pack_right(space, end, start, start + length)
@@ -62,8 +63,8 @@ cdef status_t bring_next(pool_t *pool, int32_t who) noexcept nogil:
     status = carry_out(pool)
     if status != OK:
         return status
-    space.plan.count = space.plan.tokens = 0
-    plan_move(space, run, space.seqs[who].start + space.seqs[who].blocks)
+    plan_clear(&space.plan)
+    plan_move(space, run, end_of(&space.seqs[who]))
     return carry_out(pool)
 
 
@@ -109,7 +110,7 @@ cdef status_t pack_some(pool_t *pool, int64_t most) noexcept nogil:
         window = widest_window(space, end - pool.moved_tokens)
         if window.room <= largest_free_run(&space.blocks):
             return OK
-        space.plan.count = space.plan.tokens = 0
+        plan_clear(&space.plan)
         pack_left(space, window.low, window.high, window.low)
         status = carry_out(pool)
     return status

@@ -4,7 +4,7 @@ from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint32_t, uint64_t, uintpt
 
 from kvcache._lock cimport kv_lock_t
 from kvcache._moves cimport move_f, move_t, span_t
-from kvcache._placement cimport held, hot_t, seq_t, space_t
+from kvcache._space cimport held, hot_t, seq_t, space_t
 
 ctypedef uint64_t handle_t  # generation << 32 | place; 0 is never live
 

@@ -7,7 +7,7 @@ from libc.string cimport memset
 from kvcache._blocks cimport NOWHERE, blocks_destroy, blocks_init, give_run, mark_free
 from kvcache._lock cimport kv_lock_destroy, kv_lock_init, kv_lock_runs_python, kv_lock_wake, kv_thread
 from kvcache._moves cimport move_t
-from kvcache._placement cimport hot_t, plan_destroy, plan_reserve, seq_t
+from kvcache._space cimport hot_t, plan_destroy, plan_reserve, seq_t
 
 
 cdef int pool_init(pool_t *pool, int64_t num_blocks, int64_t block_size, bint paged, int64_t budget,

@@ -2,7 +2,7 @@
 
 from libc.stdint cimport int32_t, int64_t
 
-from kvcache._placement cimport plan_t, space_t
+from kvcache._space cimport plan_t, space_t
 from kvcache._pool cimport pool_t, status_t
 
 cdef int reserve_runs(pool_t *pool, int64_t blocks) noexcept nogil

@@ -8,11 +8,13 @@ from libc.stdint cimport int32_t, int64_t
 
 from kvcache._blocks cimport NOWHERE, gap_for, give_run, longest_gap, take_run
 from kvcache._moves cimport move_t
-from kvcache._placement cimport (
+from kvcache._placement cimport place_in_gap
+from kvcache._pool cimport NO_MEMORY, add_places, give_back, move_bytes, pool_t, status_t, take_place, vacate
+from kvcache._space cimport (
     gap_before,
     held,
     own_run,
-    place_in_gap,
+    plan_clear,
     plan_move,
     plan_reserve,
     plan_t,
@@ -20,7 +22,6 @@ from kvcache._placement cimport (
     seq_t,
     space_t,
 )
-from kvcache._pool cimport NO_MEMORY, add_places, give_back, move_bytes, pool_t, status_t, take_place, vacate
 
 
 # ---- taking and giving
@@ -158,7 +159,7 @@ cdef bint plan_heal(space_t *space, int32_t who, int64_t more, int64_t most) noe
     cdef int64_t behind = tokens - seq.blocks * space.block_size  # tokens in the further runs
     cdef int64_t ahead = last.before * space.block_size           # in all runs but the last
     cdef int64_t gap
-    space.plan.count = space.plan.tokens = 0
+    plan_clear(&space.plan)
     if behind <= min(most, ahead) and room_after(space, seq) >= seq.further + more:
         plan_runs(space, seq.next_run, NOWHERE, seq.start)
     elif ahead <= most and gap_before(space, last.start) >= last.before and room_after(space, last) >= more:

@@ -11,19 +11,7 @@ from libc.string cimport memcpy
 from kvcache._blocks cimport NOWHERE, block_is_free, mark_free, take_block, take_lowest
 from kvcache._lock cimport kv_unlock
 from kvcache._moves cimport move_t
-from kvcache._placement cimport (
-    growth_of,
-    held,
-    hot_t,
-    place_by_sliding,
-    place_growth,
-    place_in_gap,
-    plan_reserve,
-    plan_t,
-    room_after,
-    seq_t,
-    settle,
-)
+from kvcache._placement cimport place_by_sliding, place_growth, place_in_gap
 from kvcache._pool cimport (
     BELOW_USED,
     BUSY,
@@ -80,6 +68,7 @@ from kvcache._sharing cimport (
     share_blocks,
     tail_is_shared,
 )
+from kvcache._space cimport growth_of, held, hot_t, plan_reserve, plan_t, room_after, seq_t, settle
 
 
 cdef void do_deferred(pool_t *pool) noexcept nogil:

@@ -2,7 +2,7 @@
 
 from libc.stdint cimport int32_t, int64_t
 
-from kvcache._placement cimport seq_t
+from kvcache._space cimport seq_t
 from kvcache._pool cimport pool_t, status_t
 
 ctypedef struct wish_t:     # copies that are about to be made

@@ -4,7 +4,7 @@ from libc.stdint cimport int32_t, int64_t
 
 from kvcache._blocks cimport mark_free, take_lowest
 from kvcache._moves cimport move_t
-from kvcache._placement cimport plan_reserve, seq_t
+from kvcache._space cimport plan_reserve, seq_t
 from kvcache._pool cimport (
     BUSY,
     HELD,

@@ -90,9 +90,9 @@ def test_a_scattered_sequence_goes_on_growing_in_its_last_run(crowd):
     for _ in range(20):
         grow(cache, "a", 1)
     table = cache.block_table("a").tolist()
-    first = table[6]  # in the middle of the gap, so that what is before it comes last
+    first = table[6]  # anywhere in the gap: what is before it comes last
     assert table[6:] == [*range(first, 16), *range(11, first)]
-    assert cache.is_full and cache.stats().spills == 2
+    assert cache.is_full and cache.stats().spills == (1 if first == 11 else 2)
     holds_its_own(cache, "a")
     assert cache.append_token("a") is False
 

@@ -1,0 +1,60 @@
+"""What a layout will cost: everything is told in used tokens that moves have copied, or are expected to."""
+
+from libc.stdint cimport INT64_MAX, int32_t, int64_t
+
+from kvcache._blocks cimport NOWHERE
+from kvcache._space cimport held, run_grows, run_tokens, seq_t, space_t
+
+ctypedef struct run_t:   # what prices need to know of a run, wherever it will lie
+    int64_t blocks
+    int64_t tokens       # used
+    int64_t promise      # tokens that it may still get beyond its blocks
+
+ctypedef struct rates_t:  # of the space as it is when a decision is due
+    int64_t block_size
+    int64_t free         # blocks
+    double worth         # of one token in the way, before any room is left
+    double crowd         # free blocks that one block of room stands against
+    double hole          # tokens for a gap of one block; grows with the square
+    int64_t share        # blocks of room that a run gets at most where several are laid out anew
+    int64_t unit         # blocks: the step in which places within a gap are tried
+    int64_t doubt        # tokens: how much cheaper a layout may turn out than what it moves
+
+ctypedef struct spot_t:  # a place within a gap
+    int64_t gap          # NOWHERE if there is none
+    int64_t start
+    int64_t price
+
+cdef inline run_t edge(bint right) noexcept nogil:
+    """The pool's end, as a neighbour: on the left it never grows, on the right nothing gets it out of the way."""
+    return run_t(blocks=0, tokens=INT64_MAX, promise=INT64_MAX if right else 0)
+
+cdef inline run_t run_of(const space_t *space, int32_t who, bint right) noexcept nogil:
+    cdef const seq_t *seq
+    cdef int64_t promise = 0
+    if who == NOWHERE:
+        return edge(right)
+    if run_grows(space, who):
+        seq = &space.seqs[space.seqs[who].head]
+        promise = seq.limit - held(seq) * space.block_size
+    return run_t(blocks=space.seqs[who].blocks, tokens=run_tokens(space, who), promise=promise)
+
+# What the next collision of a run and the one after it will move, the smaller of the two, if it comes before either
+# has what it was promised: the more room, the later, and the likelier that one of them has ended.
+cdef inline int64_t price_of_room(const rates_t *rates, const run_t *run, const run_t *after,
+                                  int64_t room) noexcept nogil:
+    if room * rates.block_size >= min(run.promise, after.promise):
+        return 0
+    return <int64_t>(<double>min(run.tokens, after.tokens) * rates.worth / (<double>rates.free + rates.crowd * room))
+
+# What a gap is worth to runs to come: one large gap is worth more than the same blocks in two.
+cdef inline int64_t worth_of_gap(const rates_t *rates, int64_t blocks) noexcept nogil:
+    return <int64_t>min(<double>blocks * <double>blocks * rates.hole, 1e15)
+
+cdef inline int64_t price_between(const rates_t *rates, const run_t *run, const run_t *after,
+                                  int64_t room) noexcept nogil:
+    return price_of_room(rates, run, after, room) - worth_of_gap(rates, room)
+
+cdef rates_t rates_of(const space_t *space) noexcept nogil
+cdef spot_t spot_in_gap(const space_t *space, const rates_t *rates, int64_t gap, const run_t *run,
+                        int64_t more) noexcept nogil
