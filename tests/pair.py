@@ -254,11 +254,11 @@ class Pair:
         sequences = len({request_id for request_id, _ in moved})
         if self.exact_moves:
             assert moved_tokens == least and (moves >= sequences if self.model.bound else moves == sequences)
+            assert stats.longest_pause_tokens >= moved_tokens
         else:
             assert moves >= sequences and moved_tokens >= least
         assert stats.moved_bytes == stats.moved_tokens * self.spec.bytes_per_token
         assert self.may_move is None or moved_tokens <= self.may_move
-        assert stats.longest_pause_tokens >= moved_tokens
         self.exact_moves, self.may_move = True, self.model.bound
         self.seen = stats
         self.tokens = {request_id: sequence.tokens for request_id, sequence in self.model.sequences.items()}
