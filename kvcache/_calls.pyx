@@ -219,6 +219,7 @@ cdef status_t pool_close(pool_t *pool) noexcept nogil:
         status = wait_for_holds(pool)
     if status == OK:
         pool.closed = True
+        pool.changes += 1
         for who in range(pool.places):
             if pool.space.hot[who].generation & 1:
                 retire(pool, <handle_t>pool.space.hot[who].generation << 32 | <handle_t>who)

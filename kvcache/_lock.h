@@ -129,6 +129,16 @@ static inline int kv_turn_give(kv_turn_t *turn)
     return __atomic_load_n(&turn->waiters, __ATOMIC_SEQ_CST) != 0;
 }
 
+/* Whether nobody has the turn, and the GIL keeps it so until the caller is done. */
+static inline int kv_turn_is_idle(const kv_turn_t *turn)
+{
+#ifdef Py_GIL_DISABLED
+    return 0;
+#else
+    return __atomic_load_n(&turn->thread, __ATOMIC_RELAXED) == 0;
+#endif
+}
+
 static inline void kv_turn_wants(kv_turn_t *turn, int change)
 {
     __atomic_fetch_add(&turn->waiters, change, __ATOMIC_SEQ_CST);

@@ -19,4 +19,5 @@ cdef extern from "_lock.h" nogil:
         uintptr_t thread
     bint kv_turn_take(kv_turn_t *turn)
     bint kv_turn_give(kv_turn_t *turn)
+    bint kv_turn_is_idle(const kv_turn_t *turn)
     void kv_turn_wants(kv_turn_t *turn, int change)
