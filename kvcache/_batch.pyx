@@ -332,9 +332,10 @@ cdef class BatchCore:
         return index if self.uniform else self.firsts[index]
 
     cdef int64_t dead_member(self) noexcept nogil:
+        cdef const hot_t *hots = self.cache.pool.space.hot
         cdef int64_t index
-        for index in range(self.size):
-            if not is_live(&self.cache.pool, self.handles[index]):
+        for index in range(self.size):  # every one of them has lived
+            if hots[<uint32_t>self.handles[index]].generation != <uint32_t>(self.handles[index] >> 32):
                 return index
         return -1
 
@@ -572,9 +573,13 @@ cdef class BatchCore:
         self.whole = True
 
     cdef void look_again(self) noexcept nogil:
-        """After moves: those whose tokens came to other slots."""
+        """After moves and other calls: those whose tokens came to other slots."""
+        cdef const hot_t *hots = self.cache.pool.space.hot
         cdef int64_t index
-        for index in range(self.size):
+        for index in range(self.size if not self.cache.pool.paged else 0):
+            if hots[<uint32_t>self.handles[index]].base != self.start[index]:  # so also where it is scattered
+                self.look(index)
+        for index in range(self.size if self.cache.pool.paged else 0):
             if self.cache.pool.space.seqs[<uint32_t>self.handles[index]].version != self.versions[index]:
                 self.look(index)
         self.seen_moves = self.cache.pool.moves

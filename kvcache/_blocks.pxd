@@ -47,7 +47,7 @@ cdef int64_t next_gap_for(const blocks_t *blocks, int64_t gap, int64_t length) n
 cdef int64_t gap_at(const blocks_t *blocks, int64_t block) noexcept nogil
 cdef int64_t gap_start(const blocks_t *blocks, int64_t block) noexcept nogil
 cdef void take_run(blocks_t *blocks, int64_t gap, int64_t start, int64_t length) noexcept nogil
-cdef void give_run(blocks_t *blocks, int64_t start, int64_t length) noexcept nogil
+cdef int64_t give_run(blocks_t *blocks, int64_t start, int64_t length) noexcept nogil
 
 # Single blocks: for pools without the index of gaps.
 cdef void mark_free(blocks_t *blocks, int64_t start, int64_t length) noexcept nogil

@@ -219,8 +219,8 @@ cdef void take_run(blocks_t *blocks, int64_t gap, int64_t start, int64_t length)
     mark_used(blocks, start, length)
 
 
-cdef void give_run(blocks_t *blocks, int64_t start, int64_t length) noexcept nogil:
-    """Gives [start, start + length) back, merged with the gaps beside it."""
+cdef int64_t give_run(blocks_t *blocks, int64_t start, int64_t length) noexcept nogil:
+    """Gives [start, start + length) back, merged with the gaps beside it; returns where that gap begins."""
     cdef int64_t first = start, end = start + length
     mark_free(blocks, start, length)
     if first > 0 and block_is_free(blocks, first - 1):
@@ -230,6 +230,7 @@ cdef void give_run(blocks_t *blocks, int64_t start, int64_t length) noexcept nog
         remove_gap(blocks, end)
         end += blocks.cells[end].length
     add_gap(blocks, first, end - first)
+    return first
 
 
 # ---- what dumps and checks want to know

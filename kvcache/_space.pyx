@@ -47,13 +47,14 @@ cdef void plan_move(space_t *space, int32_t who, int64_t to) noexcept nogil:
 cdef void settle(space_t *space) noexcept nogil:
     """Enters the planned moves, whose bytes are in place, into the books."""
     cdef plan_t *plan = &space.plan
-    cdef int64_t index, to
+    cdef int64_t index, to, gap
     cdef int32_t who
-    for index in range(plan.count):
-        give_run(&space.blocks, plan.moves[index].source, plan.moves[index].blocks)
-    for index in range(plan.count):
+    for index in range(plan.count):  # in the order in which they overwrite nothing, so each finds its place free
         who, to = plan.who[index], plan.moves[index].destination
-        take_run(&space.blocks, gap_start(&space.blocks, to), to, plan.moves[index].blocks)
+        gap = give_run(&space.blocks, plan.moves[index].source, plan.moves[index].blocks)
+        if not gap <= to < gap + space.blocks.cells[gap].length:
+            gap = gap_start(&space.blocks, to)
+        take_run(&space.blocks, gap, to, plan.moves[index].blocks)
         space.seqs[who].start = <int32_t>to
         own_run(space, who)
         rebase(space, space.seqs[who].head)
