@@ -9,9 +9,9 @@ from libc.stdint cimport INT64_MAX, int64_t
 from kvcache._space cimport owner_at
 
 cdef enum:
-    SPOT_STEPS = 3     # doublings of the unit that are tried from either end of a gap
+    SPOT_STEPS = 4     # doublings of the unit that are tried from either end of a gap
     CROWD = 20         # the larger, the sooner more room is worth little
-    HOLE = 24          # the larger, the more a large gap is worth
+    HOLE = 12          # the larger, the more a large gap is worth
 
 
 cdef rates_t rates_of(const space_t *space) noexcept nogil:

@@ -17,7 +17,7 @@ cdef enum:           # what becomes of a run of a window
 
 cdef enum:
     MOST_LOOKED = 256   # runs that a search for a newcomer's window begins with
-    MOST_TRIED = 3      # gaps that are tried for a run that leaves a window
+    MOST_TRIED = 4      # gaps that are tried for a run that leaves a window
 
 
 # ---- looking
