@@ -133,7 +133,6 @@ cdef void window_for_growth(const space_t *space, const rates_t *rates, const ro
         for high in range(max(low, row.at), row.count - 1):
             if high > row.at:
                 tokens += row.runs[high].tokens
-            if high >= low:
                 room += row.rooms[high]
                 before += row.prices[high]
             if tokens > most or tokens - rates.doubt > best.price:
