@@ -7,7 +7,7 @@ the layout is expected to cost afterwards compared with the one before.
 from libc.stdint cimport INT64_MAX, int32_t, int64_t
 
 from kvcache._blocks cimport NOWHERE, block_is_free, gap_at, gap_for, gap_start, next_free, next_gap_for
-from kvcache._prices cimport price_between, run_of, spot_in_gap, spot_t
+from kvcache._prices cimport price_between, run_of, spot_in_gap, spot_t, usable_room
 from kvcache._space cimport end_of, gap_before, owner_at, plan_move, room_after
 
 cdef enum:           # what becomes of a run of a window
@@ -80,12 +80,12 @@ cdef int64_t share_out(const rates_t *rates, const run_t *runs, int64_t count, i
                        int64_t *rooms) noexcept nogil:
     """Shares `room` blocks out after each of `count` runs, what is left after the last; the price of that."""
     cdef int64_t share = min(room // count, rates.share)
-    cdef int64_t index, promise, price = 0
+    cdef int64_t index, usable, price = 0
     for index in range(count):
-        promise = min(runs[index].promise, runs[index + 1].promise)
+        usable = max(usable_room(&runs[index], &runs[index + 1]), <int64_t>0)
         rooms[index] = share
-        if share * rates.block_size > promise:
-            rooms[index] = (promise + rates.block_size - 1) // rates.block_size
+        if share * rates.block_size > usable:
+            rooms[index] = (usable + rates.block_size - 1) // rates.block_size
         room -= rooms[index]
     rooms[count - 1] += room
     for index in range(count):
