@@ -16,7 +16,7 @@ from kvcache._space cimport growth_of, owner_at, plan_clear, plan_t
 from kvcache._windows cimport look_around, plan_window, row_t, window_for_growth, window_for_newcomer, window_t
 
 cdef enum:
-    PLENTY = 32       # free blocks per sequence from which on room is not priced, nor for one that will not grow
+    PLENTY = 16       # free blocks per sequence from which on room is not priced, nor for one that will not grow
     MOST_SHARE = 64   # blocks of room that one neighbour gets at most
     MOST_TRIED = 4    # gaps that are tried
 
