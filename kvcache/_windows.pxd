@@ -12,7 +12,7 @@ cdef enum:
 
 ctypedef struct row_t:         # runs side by side; the first and the last stay, and may be the pool's ends
     int64_t count
-    int64_t at                 # index of the one that it is about
+    int64_t at                 # index of the one that grows; meaningless where none does
     int32_t who[ROW]
     run_t runs[ROW]
     int64_t rooms[ROW]         # blocks between each and the next one

@@ -242,7 +242,6 @@ cdef void enter_stretch(stretches_t *found, int64_t start, int64_t count, int64_
 
 cdef void look_along(const space_t *space, const stretch_t *stretch, row_t *row) noexcept nogil:
     row.count = 0
-    row.at = stretch.start
     enter_run(space, owner_at(space, stretch.start - gap_before(space, stretch.start) - 1), row, False)
     row.rooms[0] = gap_before(space, stretch.start)
     enter_run(space, owner_at(space, stretch.start), row, True)
@@ -255,7 +254,7 @@ cdef void try_window(const space_t *space, const rates_t *rates, const row_t *ro
     """Has the largest runs leave until what is left can be laid out with the newcomer."""
     cdef window_t window
     cdef char fates[ROW]
-    cdef int64_t room = 0, index, low = row.at - row.rooms[0]
+    cdef int64_t room = 0, index, low = space.seqs[row.who[1]].start - row.rooms[0]
     cdef int64_t high = end_of(&space.seqs[row.who[row.count - 2]]) + row.rooms[row.count - 2]
     window.num_out = 0
     window.low = low

@@ -159,12 +159,16 @@ def test_the_only_block_left_reaches_whoever_wants_it():
 
 
 CALLS = st.lists(
-    st.tuples(st.sampled_from(["enter", "append", "append", "leave"]), st.integers(0, 10**6), st.integers(1, 40)),
+    st.tuples(
+        st.sampled_from(["enter", "append", "append", "leave"]), st.integers(0, 10**6), st.integers(1, 40)
+    ),
     max_size=120,
 )
 
 
-@example(num_blocks=2, known=False, calls=[("enter", 0, 4), ("enter", 0, 1), ("leave", 0, 1), ("append", 0, 4)])
+@example(
+    num_blocks=2, known=False, calls=[("enter", 0, 4), ("enter", 0, 1), ("leave", 0, 1), ("append", 0, 4)]
+)
 @given(num_blocks=st.integers(2, 40), known=st.booleans(), calls=CALLS)
 def test_whatever_is_called_nothing_is_lost(num_blocks, known, calls):
     crowd = Crowd(num_blocks, known)
