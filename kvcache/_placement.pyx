@@ -16,9 +16,9 @@ from kvcache._space cimport owner_at, plan_clear, plan_t, run_growth
 from kvcache._windows cimport look_around, plan_window, row_t, window_for_growth, window_for_newcomer, window_t
 
 cdef enum:
-    PLENTY = 16       # free blocks per sequence from which on room is not priced
+    PLENTY = 16       # free blocks per sequence from which on room is not priced, nor for one that will not grow
     MOST_SHARE = 64   # blocks of room that one neighbour gets at most
-    MOST_TRIED = 3    # gaps that are tried
+    MOST_TRIED = 4    # gaps that are tried
 
 
 # ---- a newcomer
@@ -82,7 +82,9 @@ cdef spot_t best_spot(const space_t *space, int64_t gap, int64_t length, int64_t
 
 
 cdef inline run_t newcomer(const space_t *space, int64_t length, int64_t growth) noexcept nogil:
-    return run_t(blocks=length, tokens=length * space.block_size, promise=growth * space.block_size)
+    cdef int64_t slack = space.block_size >> 1  # on average: how full its last block is has not been said
+    return run_t(blocks=length, tokens=length * space.block_size - slack, slack=slack,
+                 ends=growth * space.block_size + slack)
 
 
 cdef bint place_by_sliding(space_t *space, int64_t length, int64_t growth, int64_t most) noexcept nogil:

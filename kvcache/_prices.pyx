@@ -9,9 +9,8 @@ from libc.stdint cimport INT64_MAX, int64_t
 from kvcache._space cimport owner_at
 
 cdef enum:
-    SPOT_STEPS = 3     # doublings of the unit that are tried from either end of a gap
+    SPOT_STEPS = 4     # doublings of the unit that are tried from either end of a gap
     CROWD = 20         # the larger, the sooner more room is worth little
-    HOLE = 24          # the larger, the more a large gap is worth
 
 
 cdef rates_t rates_of(const space_t *space) noexcept nogil:
@@ -23,7 +22,7 @@ cdef rates_t rates_of(const space_t *space) noexcept nogil:
     rates.free = free
     rates.worth = 1.5 * <double>free
     rates.crowd = <double>(CROWD * live)
-    rates.hole = <double>(HOLE * live) / <double>used
+    rates.hole = <double>live / <double>free
     rates.share = max(2 * free // live, <int64_t>1)
     rates.unit = max(free // (8 * live), <int64_t>1)
     rates.doubt = used * space.block_size // (3 * live)

@@ -7,12 +7,12 @@ from kvcache._space cimport space_t
 
 cdef enum:
     MOST_SIDE = 4              # runs that move on either side of one that grows
-    MOST_WINDOW = 6            # runs that make way for a newcomer
+    MOST_WINDOW = 8            # runs that make way for a newcomer
     ROW = 2 * MOST_SIDE + 3
 
 ctypedef struct row_t:         # runs side by side; the first and the last stay, and may be the pool's ends
     int64_t count
-    int64_t at                 # index of the one that it is about
+    int64_t at                 # index of the one that grows; meaningless where none does
     int32_t who[ROW]
     run_t runs[ROW]
     int64_t rooms[ROW]         # blocks between each and the next one

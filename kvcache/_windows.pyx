@@ -7,8 +7,8 @@ the layout is expected to cost afterwards compared with the one before.
 from libc.stdint cimport INT64_MAX, int32_t, int64_t
 
 from kvcache._blocks cimport NOWHERE, block_is_free, gap_at, gap_for, gap_start, next_free, next_gap_for
-from kvcache._prices cimport price_between, run_of, spot_in_gap, spot_t
-from kvcache._space cimport end_of, gap_before, owner_at, plan_move, room_after
+from kvcache._prices cimport price_between, run_of, spot_in_gap, spot_t, usable_room
+from kvcache._space cimport end_of, gap_before, owner_at, plan_move, room_after, run_tokens
 
 cdef enum:           # what becomes of a run of a window
     UNASKED = 0
@@ -17,7 +17,27 @@ cdef enum:           # what becomes of a run of a window
 
 cdef enum:
     MOST_LOOKED = 256   # runs that a search for a newcomer's window begins with
-    MOST_TRIED = 3      # gaps that are tried for a run that leaves a window
+    MOST_FOUND = 16     # windows of those that are priced
+    MOST_TRIED = 4      # gaps that are tried for a run that leaves a window
+
+
+ctypedef struct runs_t:     # runs in the order in which they lie
+    int64_t count
+    int64_t first_room      # blocks free before the first
+    int64_t largest         # gap between them
+    int64_t starts[MOST_LOOKED]
+    int64_t tokens[MOST_LOOKED]
+    int64_t blocks[MOST_LOOKED]
+    int64_t rooms[MOST_LOOKED]    # blocks free after each
+
+ctypedef struct stretch_t:   # runs that could make way
+    int64_t start            # of the first
+    int64_t count
+    int64_t tokens           # used, in all of them
+
+ctypedef struct stretches_t:
+    int64_t count
+    stretch_t items[MOST_FOUND]
 
 
 # ---- looking
@@ -60,12 +80,12 @@ cdef int64_t share_out(const rates_t *rates, const run_t *runs, int64_t count, i
                        int64_t *rooms) noexcept nogil:
     """Shares `room` blocks out after each of `count` runs, what is left after the last; the price of that."""
     cdef int64_t share = min(room // count, rates.share)
-    cdef int64_t index, promise, price = 0
+    cdef int64_t index, usable, price = 0
     for index in range(count):
-        promise = min(runs[index].promise, runs[index + 1].promise)
+        usable = max(usable_room(&runs[index], &runs[index + 1]), <int64_t>0)
         rooms[index] = share
-        if share * rates.block_size > promise:
-            rooms[index] = (promise + rates.block_size - 1) // rates.block_size
+        if share * rates.block_size > usable:
+            rooms[index] = (usable + rates.block_size - 1) // rates.block_size
         room -= rooms[index]
     rooms[count - 1] += room
     for index in range(count):
@@ -113,7 +133,6 @@ cdef void window_for_growth(const space_t *space, const rates_t *rates, const ro
         for high in range(max(low, row.at), row.count - 1):
             if high > row.at:
                 tokens += row.runs[high].tokens
-            if high >= low:
                 room += row.rooms[high]
                 before += row.prices[high]
             if tokens > most or tokens - rates.doubt > best.price:
@@ -145,14 +164,39 @@ cdef void try_layout(const space_t *space, const rates_t *rates, const row_t *ro
 cdef void window_for_newcomer(space_t *space, const rates_t *rates, const run_t *newcomer, int64_t most,
                               window_t *best) noexcept nogil:
     """The cheapest stretch to clear for a newcomer, beginning with one of a bounded number of runs."""
-    cdef int64_t at = first_run(space, next_free(&space.blocks, space.cursor))
+    cdef stretches_t found
+    cdef runs_t seen
+    cdef row_t row
+    cdef int64_t index
+    found.count = 0
+    walk_along(space, &seen)
+    for index in range(seen.count):
+        stretches_from(&seen, index, newcomer.blocks, most, &found)
+    for index in range(found.count):
+        if found.items[index].tokens - rates.doubt <= best.price:
+            look_along(space, &found.items[index], &row)
+            try_window(space, rates, &row, newcomer, found.items[index].tokens, best)
+
+
+cdef void walk_along(space_t *space, runs_t *seen) noexcept nogil:
+    """Looks at the next runs from where the last walk ended, round the pool's end, each once."""
+    cdef int64_t at = first_run(space, next_free(&space.blocks, space.cursor)), index
     cdef int64_t end = at
-    for _ in range(MOST_LOOKED):
-        windows_from(space, rates, at, newcomer, most, best)
-        at = end_of(&space.seqs[owner_at(space, at)])
-        at = first_run(space, at + gap_at(&space.blocks, at))
-        if at == end:
-            break
+    cdef int32_t who
+    seen.largest = 0
+    seen.count = 0
+    while seen.count < MOST_LOOKED and (seen.count == 0 or at != end):
+        index = seen.count
+        who = owner_at(space, at)
+        seen.starts[index] = at
+        seen.tokens[index] = run_tokens(space, who)
+        seen.blocks[index] = space.seqs[who].blocks
+        at += space.seqs[who].blocks
+        seen.rooms[index] = gap_at(&space.blocks, at)
+        seen.largest = max(seen.largest, seen.rooms[index])
+        at = first_run(space, at + seen.rooms[index])
+        seen.count += 1
+    seen.first_room = gap_before(space, end)
     space.cursor = at
 
 
@@ -166,45 +210,62 @@ cdef int64_t first_run(const space_t *space, int64_t block) noexcept nogil:
     return block if block < space.blocks.num_blocks else gap_at(&space.blocks, 0)
 
 
-cdef void windows_from(const space_t *space, const rates_t *rates, int64_t start, const run_t *newcomer, int64_t most,
-                       window_t *best) noexcept nogil:
-    """Windows that begin with the run at `start`, one run longer each, until they cost more than the best."""
-    cdef row_t row
-    cdef int64_t tokens = 0, before, extent
-    row.count = 0
-    row.at = start
-    enter_run(space, owner_at(space, start - gap_before(space, start) - 1), &row, False)
-    row.rooms[0] = gap_before(space, start)
-    enter_run(space, owner_at(space, start), &row, True)
-    before = price_between(rates, &row.runs[0], &row.runs[1], row.rooms[0])
-    extent = row.rooms[0]
-    while row.count < MOST_WINDOW + 2 and row.who[row.count - 1] != NOWHERE:
-        tokens += row.runs[row.count - 1].tokens
-        if tokens > most or tokens - rates.doubt > best.price:
+cdef void stretches_from(const runs_t *seen, int64_t first, int64_t length, int64_t most,
+                         stretches_t *found) noexcept nogil:
+    """Enters those that begin with run `first`, and could make room for `length` blocks."""
+    cdef int64_t index
+    cdef int64_t tokens = 0, room = seen.rooms[first - 1] if first else seen.first_room
+    if first and seen.starts[first] < seen.starts[first - 1]:
+        room = seen.starts[first]  # the pool's first run
+    for index in range(first, min(first + MOST_WINDOW, seen.count)):
+        if seen.starts[index] < seen.starts[first]:  # round the pool's end
             return
-        extent += row.runs[row.count - 1].blocks + row.rooms[row.count - 1]
-        enter_run(space, run_after(space, &row), &row, True)
-        before += price_between(rates, &row.runs[row.count - 2], &row.runs[row.count - 1], row.rooms[row.count - 2])
-        if extent >= newcomer.blocks:
-            try_window(space, rates, &row, newcomer, tokens - before, best)
+        tokens += seen.tokens[index]
+        if tokens > most or (found.count == MOST_FOUND and tokens >= found.items[MOST_FOUND - 1].tokens):
+            return
+        if seen.blocks[index] <= seen.largest:  # it may leave
+            room += seen.blocks[index]
+        room += seen.rooms[index]
+        if room >= length:
+            enter_stretch(found, seen.starts[first], index - first + 1, tokens)
+
+
+cdef void enter_stretch(stretches_t *found, int64_t start, int64_t count, int64_t tokens) noexcept nogil:
+    """Keeps the few that move the fewest tokens, those first."""
+    cdef int64_t index = min(found.count, <int64_t>MOST_FOUND - 1)
+    found.count = index + 1
+    while index > 0 and found.items[index - 1].tokens > tokens:
+        found.items[index] = found.items[index - 1]
+        index -= 1
+    found.items[index] = stretch_t(start=start, count=count, tokens=tokens)
+
+
+cdef void look_along(const space_t *space, const stretch_t *stretch, row_t *row) noexcept nogil:
+    row.count = 0
+    enter_run(space, owner_at(space, stretch.start - gap_before(space, stretch.start) - 1), row, False)
+    row.rooms[0] = gap_before(space, stretch.start)
+    enter_run(space, owner_at(space, stretch.start), row, True)
+    while row.count < stretch.count + 2:
+        enter_run(space, run_after(space, row), row, True)
 
 
 cdef void try_window(const space_t *space, const rates_t *rates, const row_t *row, const run_t *newcomer,
-                     int64_t price, window_t *best) noexcept nogil:
+                     int64_t tokens, window_t *best) noexcept nogil:
     """Has the largest runs leave until what is left can be laid out with the newcomer."""
     cdef window_t window
     cdef char fates[ROW]
-    cdef int64_t room = 0, index, low = row.at - row.rooms[0]
+    cdef int64_t room = 0, index, low = space.seqs[row.who[1]].start - row.rooms[0]
     cdef int64_t high = end_of(&space.seqs[row.who[row.count - 2]]) + row.rooms[row.count - 2]
     window.num_out = 0
     window.low = low
-    window.price = price
+    window.price = tokens
     for index in range(row.count - 1):
         room += row.rooms[index]
         fates[index] = UNASKED
+        window.price -= price_between(rates, &row.runs[index], &row.runs[index + 1], row.rooms[index])
     while room < newcomer.blocks:
         index = largest_to_leave(row, fates)
-        if index == 0:
+        if index == 0 or window.price - rates.doubt > best.price:
             return
         if find_way_out(space, rates, row.who[index], &row.runs[index], low, high, &window):
             room += row.runs[index].blocks
