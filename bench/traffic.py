@@ -83,16 +83,20 @@ def label_of(group):
 
 
 def label(group, cell):
-    kept = f"{cell['keep_free']:.0%}"
+    kept = percent(cell["keep_free"], 0)
     shown = {"block sizes": f"{cell['block_size']}, {kept}", "placements": cell["placement"]}
     return shown.get(group, kept)
 
 
 def figures_of(group, cell):
-    used = f"{cell['utilization']:.1%}"
+    used = percent(cell["utilization"], 1)
     if group == "placements":
-        return f"{cell['mean_sequences']:.1f}", used, f"{cell['internal_waste']:.1%}"
-    return used, f"{cell['moved_over_attended']:.2%}"
+        return f"{cell['mean_sequences']:.1f}", used, percent(cell["internal_waste"], 1)
+    return used, percent(cell["moved_over_attended"], 2)
+
+
+def percent(share, digits):
+    return f"{100 * share:.{digits}f} %"
 
 
 def page_of(text, found):
