@@ -9,6 +9,7 @@ from kvcache.model_fields import Fields, told
 from kvcache.model_layers import Layer, layers_of
 
 DTYPES = ("float32", "float16", "bfloat16")
+GIVEN = "given"
 USUAL_DTYPE = "bfloat16"  # where no field tells it
 USUAL_STATE_DTYPE = "float32"  # what kernels compute in, and the larger
 
@@ -26,7 +27,7 @@ class ModelConfig:
     dtype, state_dtype : str
         Of K, V and convolution states; of recurrent states.
     dtype_field, state_dtype_field : str or None
-        The field that says so, None where none does and the usual one is taken.
+        The field that says so, `GIVEN` where the caller does, None where nothing does and the usual one is taken.
     max_position_embeddings : int or None
         The longest context that the model is made for.
     fields : Fields
@@ -48,15 +49,15 @@ class ModelConfig:
         return tuple(number for number, layer in enumerate(self.layers) if layer.planes)
 
 
-def read_config(config, dtype=None):
+def read_config(config, dtype=None, state_dtype=None):
     """What a model keeps, from its config.
 
     Parameters
     ----------
     config : dict, str or os.PathLike
         The config as Hugging Face publishes it, its file, or the folder that it is in.
-    dtype : str, optional
-        Of K and V, where it is not that of the model.
+    dtype, state_dtype : str, optional
+        Of K and V, and of recurrent states, where they are not what the config says.
 
     Returns
     -------
@@ -73,8 +74,10 @@ def read_config(config, dtype=None):
         config = load_config(config)
     fields = Fields(config)
     fields.check_known()
-    kept, kept_field = (dtype, None) if dtype is not None else _dtype(fields, ("dtype", "torch_dtype"), USUAL_DTYPE)
-    state, state_field = _dtype(fields, ("mamba_ssm_dtype", "mamba_ssm_cache_dtype"), USUAL_STATE_DTYPE)
+    kept, kept_field = _dtype(fields, ("dtype", "torch_dtype"), USUAL_DTYPE, dtype)
+    state, state_field = _dtype(
+        fields, ("mamba_ssm_dtype", "mamba_ssm_cache_dtype"), USUAL_STATE_DTYPE, state_dtype
+    )
     longest = fields.first("max_position_embeddings", "model_max_length", "n_positions", "max_seq_len")
     return ModelConfig(
         model_type=fields.model_type,
@@ -106,8 +109,10 @@ def _no_config(reason):
     return UnreadableConfig(model_type=None, fields=(), reason=reason)
 
 
-def _dtype(fields, names, usual):
+def _dtype(fields, names, usual, given):
     """A dtype and the field that tells it, of the language model or of what it is nested in."""
+    if given is not None:
+        return given, GIVEN
     for values, prefix in ((fields.values, fields.prefix), (fields.outer, "")):
         for name in names:
             value = values.get(name)

@@ -6,23 +6,28 @@ config class, for fields that published files leave out.
 
 import re
 
-LLAMA_LIKE = frozenset(
+
+def _names(text):
+    return frozenset(text.split())
+
+
+LLAMA_LIKE = _names(
     "apertus arcee bitnet bloom cohere cwm codegen dbrx deepseek dots1 ernie4_5 ernie4_5_moe exaone falcon "
     "flex_olmo gemma glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox gptj granite granitemoe granitemoeshared helium "
     "hunyuan_v1_dense hunyuan_v1_moe internlm2 internlm3 llama minicpm minimax_m2 mpt nanochat nemotron "
-    "nemotron-nas deci olmo olmo2 olmoe opt persimmon phi seed_oss smollm3 stablelm xverse".split()
+    "nemotron-nas deci olmo olmo2 olmoe opt persimmon phi seed_oss smollm3 stablelm xverse"
 )  # full attention in every layer, unless their fields say otherwise
-LATENT = frozenset(
-    "deepseek_v2 deepseek_v3 deepseek_v32 kimi_k2 minicpm3 glm4_moe_lite glm_moe_dsa".split()
+LATENT = _names(
+    "deepseek_v2 deepseek_v3 deepseek_v32 kimi_k2 minicpm3 glm4_moe_lite glm_moe_dsa"
 )  # multi-head latent attention
-RECURRENT = frozenset(
+RECURRENT = _names(
     "bamba falcon_h1 falcon_mamba granitemoehybrid jamba kimi_linear lfm2 lfm2_moe mamba mamba2 minimax "
     "minimax_text_01 nemotron_h olmo_hybrid qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text qwen3_next "
-    "recurrent_gemma zamba2".split()
+    "recurrent_gemma zamba2"
 )
-WINDOW_EVERYWHERE = frozenset("mistral mixtral ministral ministral3 phi3 phimoe qwen3_moe starcoder2".split())
-WINDOW_FROM_LAYER = frozenset(  # the layers from `max_window_layers` on slide
-    "qwen2 qwen2_5_vl qwen2_5_vl_text qwen2_vl qwen2_vl_text qwen3 qwen3_vl qwen3_vl_text".split()
+WINDOW_EVERYWHERE = _names("mistral mixtral ministral ministral3 phi3 phimoe qwen3_moe starcoder2")
+WINDOW_FROM_LAYER = _names(
+    "qwen2 qwen2_5_vl qwen2_5_vl_text qwen2_vl qwen2_vl_text qwen3 qwen3_vl qwen3_vl_text"
 )
 WINDOW_PERIOD = {  # all layers slide but every so manieth
     "afmoe": 4,
@@ -39,7 +44,7 @@ WINDOW_PERIOD = {  # all layers slide but every so manieth
     "gpt_oss": 2,
     "olmo3": 4,
 }
-WINDOW_BY_FIELDS = frozenset("mimo_v2 mimo_v2_flash qwen2_moe qwen3_vl_moe qwen3_vl_moe_text".split())
+WINDOW_BY_FIELDS = _names("mimo_v2 mimo_v2_flash qwen2_moe qwen3_vl_moe qwen3_vl_moe_text")
 CHUNKS_PERIOD = {"llama4": 4, "llama4_text": 4}  # all layers attend in chunks but every so manieth
 ATTENTION_PERIOD = {  # all layers are recurrent but every so manieth
     "qwen3_5": 4,
@@ -70,6 +75,7 @@ _GEMMA3N = {
     "num_kv_shared_layers": 15,
 }
 CLASS_DEFAULTS = {
+    "ernie4_5": {"num_key_value_heads": 2, "head_dim": 128},
     "gemma": {"num_key_value_heads": 16, "head_dim": 256},
     "gemma2": {"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096},
     "gemma3": _GEMMA3,
@@ -97,7 +103,7 @@ BEARING = re.compile(
     r"memory|linear_|global_|compress"
 )
 # ... unless it is one that is read, or one of these, whose meaning is known not to.
-READ = frozenset(
+READ = _names(
     "attention_chunk_size attention_head_dim attention_k_eq_v attention_window_size attn_config attn_layer_indices "
     "attn_layer_offset attn_layer_period attn_type_list block_configs block_types conv1d_width conv_L_cache "
     "conv_kernel full_attention_interval full_attn_idxs global_attn_every_n_layers global_head_dim head_dim "
@@ -110,15 +116,15 @@ READ = frozenset(
     "num_key_value_heads num_kv_heads num_kv_shared_layers q_lora_rank qk_head_dim qk_nope_head_dim qk_rope_head_dim "
     "sliding_window sliding_window_pattern sliding_window_size ssm_state_size state_size swa_head_dim "
     "swa_num_attention_heads swa_num_key_value_heads swa_v_head_dim use_bidirectional_attention use_sliding_window "
-    "v_head_dim _sliding_window_pattern".split()
+    "v_head_dim _sliding_window_pattern"
 )
-WITHOUT_BEARING = frozenset(
+WITHOUT_BEARING = _names(
     "activation_sparsity_pattern add_full_attention_sink_bias add_swa_attention_sink_bias attention_bias "
-    "attention_dropout attention_in_multiplier attention_multiplier attention_out_bias attention_out_multiplier "
+    "attention_dropout attention_hidden_size attention_in_multiplier attention_multiplier attention_out_bias attention_out_multiplier "
     "attention_probs_dropout_prob attention_projection_layout attention_softmax_in_fp32 attention_value_scale "
     "attn_logit_softcapping attn_implementation attn_output_gate attn_pdrop attn_scale attn_temperature_tuning "
     "cache_implementation chunk_size chunk_size_feed_forward conv_bias cross_attention_hidden_size "
-    "full_attn_alpha_factor full_attn_beta_factor head_dtype hidden_states indexer_rope_interleave "
+    "full_attn_alpha_factor full_attn_beta_factor head_dtype hybrid_layer_ids hidden_states indexer_rope_interleave "
     "linear_a_log_max linear_a_log_min linear_allow_neg_eigval linear_attn_alpha_factor linear_attn_beta_factor "
     "linear_dt_init_floor linear_dt_max linear_dt_min lm_head_bias lm_head_multiplier mamba_chunk_size "
     "mamba_conv_bias mamba_dt_init_floor mamba_dt_limit mamba_dt_max mamba_dt_min mamba_dt_rank mamba_hidden_act "
@@ -130,7 +136,7 @@ WITHOUT_BEARING = frozenset(
     "shared_expert_intermediate_size shared_intermediate_size ssm_in_multiplier ssm_multipliers ssm_out_multiplier "
     "swa_rope_theta use_cache use_conv_bias use_mamba_kernels use_mambapy use_shared_attention_adapter "
     "_attn_implementation _attn_implementation_autoset vocab_size_per_layer_input "
-    "".split()
+    ""
 )
 
 

@@ -3,7 +3,12 @@
 from kvcache.errors import UnreadableConfig
 from kvcache.model_families import CLASS_DEFAULTS, KNOWN, unread
 
-NESTED = ("text_config", "llm_config", "language_config", "thinker_config")  # where the language model is told
+NESTED = (
+    "text_config",
+    "llm_config",
+    "language_config",
+    "thinker_config",
+)  # where the language model is told
 MAX_COUNT = 2**31
 MAX_LAYERS = 2**16
 NO_DEFAULT = object()

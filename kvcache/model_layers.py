@@ -76,6 +76,10 @@ def layers_of(fields):
 def num_layers(fields):
     """How many layers the model has."""
     name = fields.first("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    if not fields.has(name):  # newer files have the list alone
+        told_by = fields.first("layer_types", "layers_block_type")
+        if fields.has(told_by):
+            return len(fields.items(told_by, str))
     return fields.count(name, below=MAX_LAYERS)
 
 
@@ -98,7 +102,9 @@ def _meanings(fields):
         return [BOTH] * count
     signs = [name for name in SIGNS if fields.has(name)]
     if fields.model_type in RECURRENT or signs:
-        fields.refuse(f"which layers are recurrent is not told: none of {', '.join(_PATTERNS)}", *signs, *_PATTERNS)
+        fields.refuse(
+            f"which layers are recurrent is not told: none of {', '.join(_PATTERNS)}", *signs, *_PATTERNS
+        )
     return _windowed(fields, count)
 
 
@@ -120,7 +126,9 @@ def _meaning(fields, name, word):
 def _letters(fields, name, count):
     pattern = fields.values[name]
     if not isinstance(pattern, str) or not set(pattern) <= set(LETTERS):
-        fields.refuse(f"{fields.prefix}{name} is {told(pattern)}, expected a text of {' '.join(LETTERS)}", name)
+        fields.refuse(
+            f"{fields.prefix}{name} is {told(pattern)}, expected a text of {' '.join(LETTERS)}", name
+        )
     if len(pattern) != count:
         fields.refuse(f"{fields.prefix}{name} has {len(pattern)} letters for {count} layers", name)
     return [LETTERS[letter] for letter in pattern]
@@ -166,7 +174,9 @@ def _numbered(fields, name, count):
         for number in inner.items(field, int):
             meanings[inner.whole(number, field, below=count + 1) - 1] = meaning
     if None in meanings:
-        inner.refuse(f"{name} says nothing of layer {meanings.index(None) + 1}", "full_attn_layers", "kda_layers")
+        inner.refuse(
+            f"{name} says nothing of layer {meanings.index(None) + 1}", "full_attn_layers", "kda_layers"
+        )
     return meanings
 
 
@@ -202,7 +212,9 @@ def _chunked(fields, count):
 def _windowed(fields, count):
     kind = fields.model_type
     if fields.has("attention_chunk_size"):
-        fields.refuse("attention_chunk_size: which layers attend in chunks is not known", "attention_chunk_size")
+        fields.refuse(
+            "attention_chunk_size: which layers attend in chunks is not known", "attention_chunk_size"
+        )
     if not _window_is_on(fields):
         return [FULL] * count
     name = fields.first("sliding_window_pattern", "_sliding_window_pattern", "global_attn_every_n_layers")
@@ -342,7 +354,8 @@ def _block(fields, name, block):
     queries = query_heads(fields)
     if queries % group:
         inner.refuse(
-            f"{inner.prefix}n_heads_in_group is {group}, which does not divide {queries} heads", "n_heads_in_group"
+            f"{inner.prefix}n_heads_in_group is {group}, which does not divide {queries} heads",
+            "n_heads_in_group",
         )
     width = head_dim(fields)
     planes = ("k", queries // group, width), ("v", queries // group, width)

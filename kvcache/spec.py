@@ -245,8 +245,12 @@ class KVCacheSpec:
         model = read_config(config, dtype)
         layers = [layer.planes for layer in model.layers if layer.planes]
         if not layers:
-            model.fields.refuse("no layer keeps K and V, so that there is nothing to make an arena for", "model_type")
-        made = {planes: LayerSpec(PlaneSpec(*plane, model.dtype) for plane in planes) for planes in set(layers)}
+            model.fields.refuse(
+                "no layer keeps K and V, so that there is nothing to make an arena for", "model_type"
+            )
+        made = {
+            planes: LayerSpec(PlaneSpec(*plane, model.dtype) for plane in planes) for planes in set(layers)
+        }
         return cls.from_layers([made[planes] for planes in layers], max_total_tokens, block_size)
 
     def _fill(self, layers, max_total_tokens, block_size):
