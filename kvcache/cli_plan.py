@@ -8,8 +8,8 @@ from decimal import Decimal
 from pathlib import Path
 
 from kvcache.cli_arguments import UsageError, add_json, check_folder, count, require, write_json
+from kvcache.spec import FLOATS, MAX_TOKENS
 
-DTYPES = ("float32", "float16", "bfloat16")
 SCALES = {
     "B": 1,
     **{f"{prefix}B": 1000**power for power, prefix in enumerate(("k", "M", "G", "T"), 1)},
@@ -39,9 +39,9 @@ def add_plan(commands):
     command.add_argument(
         "--activations", type=_size, metavar="SIZE", help="default: estimated from the config"
     )
-    command.add_argument("--dtype", choices=DTYPES, help="of K and V; default: the model's, or bfloat16")
+    command.add_argument("--dtype", choices=FLOATS, help="of K and V; default: the model's, or bfloat16")
     command.add_argument(
-        "--state-dtype", choices=DTYPES, help="of recurrent states; default: the config's, or float32"
+        "--state-dtype", choices=FLOATS, help="of recurrent states; default: the config's, or float32"
     )
     command.add_argument(
         "--context", type=count, metavar="N", help="tokens of a sequence; default: 8192, or the model's most"
@@ -117,6 +117,10 @@ def _check(arguments):
         )
     if not arguments.python:
         require("a plan", "plan", {"rich": "rich"})
+    if arguments.block_size is not None and arguments.block_size >= MAX_TOKENS:
+        raise UsageError(
+            f"--block-size is {arguments.block_size}, and an arena has fewer than {MAX_TOKENS} tokens"
+        )
     check_folder("--json", arguments.json)
     if arguments.json in (None, "-"):
         return

@@ -26,9 +26,12 @@ RECURRENT = _names(
     "recurrent_gemma zamba2"
 )
 WINDOW_EVERYWHERE = _names("mistral mixtral ministral ministral3 phi3 phimoe qwen3_moe starcoder2")
+# The layers from `max_window_layers` on slide
 WINDOW_FROM_LAYER = _names(
     "qwen2 qwen2_5_vl qwen2_5_vl_text qwen2_vl qwen2_vl_text qwen3 qwen3_vl qwen3_vl_text"
 )
+# Windows are off unless `use_sliding_window` says that they are on
+WINDOW_OFF = WINDOW_FROM_LAYER | _names("qwen2_moe qwen3_moe qwen3_vl_moe qwen3_vl_moe_text")
 WINDOW_PERIOD = {  # all layers slide but every so manieth
     "afmoe": 4,
     "cohere2": 4,
@@ -104,39 +107,43 @@ BEARING = re.compile(
 )
 # ... unless it is one that is read, or one of these, whose meaning is known not to.
 READ = _names(
-    "attention_chunk_size attention_head_dim attention_k_eq_v attention_window_size attn_config attn_layer_indices "
-    "attn_layer_offset attn_layer_period attn_type_list block_configs block_types conv1d_width conv_L_cache "
-    "conv_kernel full_attention_interval full_attn_idxs global_attn_every_n_layers global_head_dim head_dim "
-    "hybrid_layer_pattern hybrid_override_pattern index_head_dim index_n_heads index_topk indexer_types kv_channels "
-    "kv_lora_rank layer_types layers_block_type linear_attn_config linear_conv_kernel_dim linear_head_dim "
-    "linear_key_head_dim linear_num_heads linear_num_key_heads linear_num_value_heads linear_value_head_dim lru_width "
-    "mamba_d_conv mamba_d_head mamba_d_ssm mamba_d_state mamba_expand mamba_head_dim mamba_headdim mamba_n_groups "
-    "mamba_n_heads mamba_ngroups mamba_num_heads mamba_ssm_cache_dtype mamba_ssm_dtype max_window_layers n_head "
-    "n_heads n_mamba_heads no_rope_layers num_attention_heads num_global_key_value_heads num_heads "
-    "num_key_value_heads num_kv_heads num_kv_shared_layers q_lora_rank qk_head_dim qk_nope_head_dim qk_rope_head_dim "
-    "sliding_window sliding_window_pattern sliding_window_size ssm_state_size state_size swa_head_dim "
-    "swa_num_attention_heads swa_num_key_value_heads swa_v_head_dim use_bidirectional_attention use_sliding_window "
-    "v_head_dim _sliding_window_pattern"
+    "_sliding_window_pattern attention_chunk_size attention_head_dim attention_k_eq_v "
+    "attention_window_size attn_config attn_layer_indices attn_layer_offset attn_layer_period "
+    "attn_type_list block_configs block_types conv1d_width conv_L_cache conv_kernel "
+    "full_attention_interval full_attn_idxs global_attn_every_n_layers global_head_dim head_dim "
+    "hybrid_layer_pattern hybrid_override_pattern index_head_dim index_n_heads index_topk indexer_types "
+    "kv_channels kv_lora_rank layer_types layers_block_type linear_attn_config linear_conv_kernel_dim "
+    "linear_head_dim linear_key_head_dim linear_num_heads linear_num_key_heads linear_num_value_heads "
+    "linear_value_head_dim lru_width mamba_d_conv mamba_d_head mamba_d_ssm mamba_d_state mamba_expand "
+    "mamba_head_dim mamba_headdim mamba_n_groups mamba_n_heads mamba_ngroups mamba_num_heads "
+    "mamba_ssm_cache_dtype mamba_ssm_dtype max_window_layers n_head n_heads n_mamba_heads no_rope_layers "
+    "num_attention_heads num_global_key_value_heads num_heads num_key_value_heads num_kv_heads "
+    "num_kv_shared_layers q_lora_rank qk_head_dim qk_nope_head_dim qk_rope_head_dim sliding_window "
+    "sliding_window_pattern sliding_window_size ssm_state_size state_size swa_head_dim "
+    "swa_num_attention_heads swa_num_key_value_heads swa_v_head_dim use_bidirectional_attention "
+    "use_sliding_window v_head_dim "
 )
 WITHOUT_BEARING = _names(
-    "activation_sparsity_pattern add_full_attention_sink_bias add_swa_attention_sink_bias attention_bias "
-    "attention_dropout attention_hidden_size attention_in_multiplier attention_multiplier attention_out_bias attention_out_multiplier "
-    "attention_probs_dropout_prob attention_projection_layout attention_softmax_in_fp32 attention_value_scale "
-    "attn_logit_softcapping attn_implementation attn_output_gate attn_pdrop attn_scale attn_temperature_tuning "
-    "cache_implementation chunk_size chunk_size_feed_forward conv_bias cross_attention_hidden_size "
-    "full_attn_alpha_factor full_attn_beta_factor head_dtype hybrid_layer_ids hidden_states indexer_rope_interleave "
-    "linear_a_log_max linear_a_log_min linear_allow_neg_eigval linear_attn_alpha_factor linear_attn_beta_factor "
-    "linear_dt_init_floor linear_dt_max linear_dt_min lm_head_bias lm_head_multiplier mamba_chunk_size "
-    "mamba_conv_bias mamba_dt_init_floor mamba_dt_limit mamba_dt_max mamba_dt_min mamba_dt_rank mamba_hidden_act "
-    "mamba_norm_before_gate mamba_proj_bias mamba_rms_norm mamba_use_mlp mlp_layer_types moe_latent_size "
-    "moe_num_shared_experts moe_shared_expert_intermediate_size moe_shared_expert_overlap mtp_hybrid_override_pattern "
-    "mtp_layers_block_type n_shared_experts num_ln_in_parallel_attn num_shared_experts "
-    "query_pre_attn_scalar output_attentions output_hidden_states parallel_attn pruned_heads reorder_and_upcast_attn "
+    "_attn_implementation _attn_implementation_autoset activation_sparsity_pattern "
+    "add_full_attention_sink_bias add_swa_attention_sink_bias attention_bias attention_dropout "
+    "attention_hidden_size attention_in_multiplier attention_multiplier attention_out_bias "
+    "attention_out_multiplier attention_probs_dropout_prob attention_projection_layout "
+    "attention_softmax_in_fp32 attention_value_scale attn_implementation attn_logit_softcapping "
+    "attn_output_gate attn_pdrop attn_scale attn_temperature_tuning cache_implementation chunk_size "
+    "chunk_size_feed_forward conv_bias cross_attention_hidden_size full_attn_alpha_factor "
+    "full_attn_beta_factor head_dtype hidden_states hybrid_layer_ids indexer_rope_interleave "
+    "linear_a_log_max linear_a_log_min linear_allow_neg_eigval linear_attn_alpha_factor "
+    "linear_attn_beta_factor linear_dt_init_floor linear_dt_max linear_dt_min lm_head_bias "
+    "lm_head_multiplier mamba_chunk_size mamba_conv_bias mamba_dt_init_floor mamba_dt_limit mamba_dt_max "
+    "mamba_dt_min mamba_dt_rank mamba_hidden_act mamba_norm_before_gate mamba_proj_bias mamba_rms_norm "
+    "mamba_use_mlp mlp_layer_types moe_latent_size moe_num_shared_experts "
+    "moe_shared_expert_intermediate_size moe_shared_expert_overlap mtp_hybrid_override_pattern "
+    "mtp_layers_block_type n_shared_experts num_ln_in_parallel_attn num_shared_experts output_attentions "
+    "output_hidden_states parallel_attn pruned_heads query_pre_attn_scalar reorder_and_upcast_attn "
     "scale_attention_softmax_in_fp32 scale_attn_by_inverse_layer_idx scale_attn_weights "
-    "shared_expert_intermediate_size shared_intermediate_size ssm_in_multiplier ssm_multipliers ssm_out_multiplier "
-    "swa_rope_theta use_cache use_conv_bias use_mamba_kernels use_mambapy use_shared_attention_adapter "
-    "_attn_implementation _attn_implementation_autoset vocab_size_per_layer_input "
-    ""
+    "shared_expert_intermediate_size shared_intermediate_size ssm_in_multiplier ssm_multipliers "
+    "ssm_out_multiplier swa_rope_theta use_cache use_conv_bias use_mamba_kernels use_mambapy "
+    "use_shared_attention_adapter vocab_size_per_layer_input "
 )
 
 

@@ -9,6 +9,7 @@ from kvcache.model_families import (
     RECURRENT,
     WINDOW_EVERYWHERE,
     WINDOW_FROM_LAYER,
+    WINDOW_OFF,
     WINDOW_PERIOD,
 )
 from kvcache.model_fields import MAX_LAYERS, told
@@ -247,7 +248,9 @@ def _window_field(fields):
 
 
 def _window_is_on(fields):
-    return fields.has(_window_field(fields)) and fields.flag("use_sliding_window", True)
+    return fields.has(_window_field(fields)) and fields.flag(
+        "use_sliding_window", fields.model_type not in WINDOW_OFF
+    )
 
 
 def _without_windows_switched_off(fields, meanings):

@@ -45,18 +45,7 @@ class Parameters:
 
 
 def parameters_of(model):
-    """Estimate a model's parameters; refuses a config that lacks what they follow from.
-
-    Parameters
-    ----------
-    model : ModelConfig
-
-    Returns
-    -------
-
-    Parameters
-    ----------
-    """
+    """Estimate the `Parameters` of a model; a config that lacks what they follow from is refused."""
     fields = model.fields
     if fields.model_type is None or fields.model_type in NOT_COUNTED:
         fields.refuse("how many parameters such a model has is not known", "model_type")
@@ -177,7 +166,7 @@ def _widths(fields, number):
 
 
 def _dense(fields):
-    name = fields.first("intermediate_size_mlp", *INNER)
+    name = "intermediate_size_mlp" if fields.has("intermediate_size_mlp") else fields.first(*INNER)
     if not fields.has(name) and fields.model_type in (
         "bloom",
         "falcon",

@@ -41,6 +41,8 @@ RANKS = {
     "stats": 3,
     "arena": 2,
     "memory": 2,
+    "costs": 2,
+    "model_weights": 2,
     "mlx_graph": 2,
     "_alloc": 1,  # a door, as are _batch, _copy and _runs; behind them the rooms
     "_batch": 1,
@@ -61,8 +63,6 @@ RANKS = {
     "_space": 1,
     "_windows": 1,
     "_writes": 1,
-    "costs": 1,
-    "model_weights": 1,
     "model_config": 0,
     "model_families": 0,
     "model_fields": 0,
