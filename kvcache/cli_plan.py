@@ -173,10 +173,8 @@ def _no_arena(plan):
 
 
 def _caption(arguments, plan):
-    path = Path(arguments.config)
-    name = (
-        path.parent.resolve().name if path.name == "config.json" else path.stem if path.suffix else path.name
-    )
+    path = Path(arguments.config).resolve()
+    name = path.parent.name if path.name == "config.json" else path.name.removesuffix(".json")
     model = plan.model
     kind = f" ({model.model_type})" if model.model_type else ""
     return f"{name}{kind}: {len(model.layers)} layers, K and V in {model.dtype}"

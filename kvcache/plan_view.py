@@ -32,8 +32,10 @@ def print_plan(console, plan, caption):
     if plan.budget is not None:
         parts.append(_budget(plan.budget))
     parts.append(_advice(plan))
-    for part in parts:
-        console.print(part, highlight=False)
+    for part in parts[:-1]:
+        console.print(part, Text(), sep="\n", highlight=False)
+    console.print(parts[-1], highlight=False)
+    if plan.notes or plan.warnings:
         console.print()
     for note in plan.notes:
         console.print(Text(f"note: {note}", "dim"), highlight=False)
