@@ -18,7 +18,7 @@ LLAMA_LIKE = _names(
     "nemotron-nas deci olmo olmo2 olmoe opt persimmon phi seed_oss smollm3 stablelm xverse"
 )  # full attention in every layer, unless their fields say otherwise
 LATENT = _names(
-    "deepseek_v2 deepseek_v3 deepseek_v32 kimi_k2 minicpm3 glm4_moe_lite glm_moe_dsa"
+    "deepseek_v2 deepseek_v3 deepseek_v32 kimi_k2 kimi_k25 minicpm3 glm4_moe_lite glm_moe_dsa"
 )  # multi-head latent attention
 RECURRENT = _names(
     "bamba falcon_h1 falcon_mamba granitemoehybrid jamba kimi_linear lfm2 lfm2_moe mamba mamba2 minimax "
@@ -28,7 +28,7 @@ RECURRENT = _names(
 WINDOW_EVERYWHERE = _names("mistral mixtral ministral ministral3 phi3 phimoe qwen3_moe starcoder2")
 # The layers from `max_window_layers` on slide
 WINDOW_FROM_LAYER = _names(
-    "qwen2 qwen2_5_vl qwen2_5_vl_text qwen2_vl qwen2_vl_text qwen3 qwen3_vl qwen3_vl_text"
+    "mimo qwen2 qwen2_5_vl qwen2_5_vl_text qwen2_vl qwen2_vl_text qwen3 qwen3_vl qwen3_vl_text"
 )
 # Windows are off unless `use_sliding_window` says that they are on
 WINDOW_OFF = WINDOW_FROM_LAYER | _names("qwen2_moe qwen3_moe qwen3_vl_moe qwen3_vl_moe_text")
@@ -78,6 +78,7 @@ _GEMMA3N = {
     "num_kv_shared_layers": 15,
 }
 CLASS_DEFAULTS = {
+    "deepseek_v32": {"index_head_dim": 128},
     "ernie4_5": {"num_key_value_heads": 2, "head_dim": 128},
     "gemma": {"num_key_value_heads": 16, "head_dim": 256},
     "gemma2": {"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096},
@@ -87,6 +88,7 @@ CLASS_DEFAULTS = {
     "gemma3n_text": _GEMMA3N,
     "gemma4": _GEMMA4,
     "gemma4_text": _GEMMA4,
+    "glm_moe_dsa": {"index_head_dim": 128},
     "gpt_oss": {"num_key_value_heads": 8, "head_dim": 64},
     "llama4": {"num_key_value_heads": 8},
     "llama4_text": {"num_key_value_heads": 8},
@@ -145,6 +147,16 @@ WITHOUT_BEARING = _names(
     "ssm_out_multiplier swa_rope_theta use_cache use_conv_bias use_mamba_kernels use_mambapy "
     "use_shared_attention_adapter vocab_size_per_layer_input "
 )
+
+
+_ARCHITECTURE = re.compile(r"(\w+?)(ForCausalLM|ForConditionalGeneration|LMHeadModel)")
+_BY_ARCHITECTURE = {name.replace("_", "").replace("-", ""): name for name in KNOWN} | {"decilm": "deci"}
+
+
+def type_of_architecture(name):
+    """The model type of an architecture such as ``"Qwen3MoeForCausalLM"``, None where it is not known."""
+    match = _ARCHITECTURE.fullmatch(name) if isinstance(name, str) else None
+    return _BY_ARCHITECTURE.get(match[1].lower()) if match else None
 
 
 def unread(values):

@@ -1,7 +1,7 @@
 """The fields of one model's config, read strictly: a value that is not what it should be is named and refused."""
 
 from kvcache.errors import UnreadableConfig
-from kvcache.model_families import CLASS_DEFAULTS, KNOWN, unread
+from kvcache.model_families import CLASS_DEFAULTS, KNOWN, type_of_architecture, unread
 
 NESTED = (
     "text_config",
@@ -42,7 +42,7 @@ class Fields:
     def __init__(self, config):
         self.outer, self.prefix, self.model_type = config, "", None
         values = self._nested(config)
-        self.model_type = self._type_of(values) or self._type_of(config)
+        self.model_type = self._type_of(values) or self._type_of(config) or self._by_architecture()
         self.values = CLASS_DEFAULTS.get(self.model_type, {}) | values
 
     def _nested(self, values, depth=0):
@@ -60,6 +60,10 @@ class Fields:
             self.refuse(f"model_type is {told(kind)}, expected a name", "model_type")
         return kind
 
+    def _by_architecture(self):
+        names = self.outer.get("architectures")
+        return type_of_architecture(names[0]) if isinstance(names, list) and names else None
+
     def check_known(self):
         """Refuse a model type that is not known, and fields that bear on the cache and are not understood."""
         fields = unread(self.values)
@@ -73,7 +77,7 @@ class Fields:
             )
         if self.model_type is None and self.outer.get("architectures") and not fields:
             self.refuse(
-                f"architectures is {told(self.outer['architectures'])} and model_type is missing: add it",
+                f"architectures is {told(self.outer['architectures'])}, which is not known, and model_type is missing",
                 "architectures",
                 "model_type",
             )

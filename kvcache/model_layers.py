@@ -78,9 +78,9 @@ def num_layers(fields):
     """How many layers the model has."""
     name = fields.first("num_hidden_layers", "n_layer", "n_layers", "num_layers")
     if not fields.has(name):  # newer files have the list alone
-        told_by = fields.first("layer_types", "layers_block_type")
+        told_by = fields.first("layer_types", "layers_block_type", "block_configs")
         if fields.has(told_by):
-            return len(fields.items(told_by, str))
+            return len(fields.items(told_by, dict if told_by == "block_configs" else str))
     return fields.count(name, below=MAX_LAYERS)
 
 

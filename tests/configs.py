@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+from kvcache.costs import costs_of
+from kvcache.model_config import read_config
+
 FILES = Path(__file__).parents[2] / "shared" / "model_configs"
 
 LLAMA = {
@@ -84,6 +87,13 @@ GEMMA3 = {
     },
     "torch_dtype": "bfloat16",
 }
+
+
+def kept(config, **options):
+    """Bytes per token, windows, and state in float32 and bfloat16 (None where there is none)."""
+    costs = costs_of(read_config(config, **options))
+    state = tuple(costs.state_bytes_by_dtype.values())
+    return costs.bytes_per_token, costs.windows, state if any(state) else None
 
 
 def without(config, *names):
