@@ -13,6 +13,7 @@ from kvcache.errors import (
     RequestTooLarge,
     SequenceExists,
     UnknownSequence,
+    UnreadableConfig,
 )
 from kvcache.spec import KVCacheSpec, LayerSpec, PlaneSpec
 from kvcache.stats import CacheStats
@@ -35,5 +36,6 @@ __all__ = [
     "RequestTooLarge",
     "SequenceExists",
     "UnknownSequence",
+    "UnreadableConfig",
     "__version__",
 ]

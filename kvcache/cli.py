@@ -10,6 +10,7 @@ import sys
 from kvcache._version import __version__
 from kvcache.cli_arguments import UsageError
 from kvcache.cli_demo import add_demo
+from kvcache.cli_plan import add_plan
 from kvcache.cli_replay import add_replay
 from kvcache.errors import KVCacheError
 
@@ -46,6 +47,7 @@ def _parser():
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_demo(commands)
     add_replay(commands)
+    add_plan(commands)
     return parser
 
 

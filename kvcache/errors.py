@@ -136,3 +136,24 @@ class CacheHeld(KVCacheError):
     def __init__(self, *, holds):
         super().__init__(f"the call would wait for {_counted(holds, 'open hold')}, and this thread has one")
         self.holds = holds
+
+
+class UnreadableConfig(KVCacheError, ValueError):
+    """A model's config says something that is not understood, so that nothing can be planned from it.
+
+    Attributes
+    ----------
+    model_type : str or None
+        As the config has it.
+    fields : tuple of str
+        Names of the fields that are missing, wrong or unknown.
+    reason : str
+        What is wrong with them.
+    """
+
+    def __init__(self, *, model_type, fields, reason):
+        kind = "" if model_type is None else f" of a {_named(model_type)} model"
+        super().__init__(f"the config{kind} cannot be read: {reason}")
+        self.model_type = model_type
+        self.fields = tuple(fields)
+        self.reason = reason

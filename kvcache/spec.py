@@ -209,6 +209,50 @@ class KVCacheSpec:
         spec._fill(_tuple_of(LayerSpec, layers, "layers"), max_total_tokens, block_size)
         return spec
 
+    @classmethod
+    def from_model(cls, config, max_total_tokens, block_size=16, *, dtype=None):
+        """A spec for a model that Hugging Face publishes, from its config.
+
+        Layers that keep no K and V (recurrent ones, or such that read what an earlier layer has kept) are not in it:
+        layer i of the arena is the i-th that does, as `kvcache.model_config.ModelConfig.kv_layers` numbers them.
+        Layers with a sliding window keep all tokens. Multi-head latent attention has two planes of one head,
+        ``"k"`` with the latent and ``"v"`` with the part of K that positions are rotated into.
+
+        Parameters
+        ----------
+        config : dict, str or os.PathLike
+            What is in a ``config.json``, its path, or the folder that it is in.
+        max_total_tokens, block_size : int
+            As in the constructor.
+        dtype : str, optional
+            ``float32``, ``float16`` or ``bfloat16``; by default that of the model, bfloat16 if it does not say.
+
+        Returns
+        -------
+        KVCacheSpec
+
+        Raises
+        ------
+        UnreadableConfig
+            A field is missing, wrong, or not understood, or no layer keeps K and V; the error names the fields.
+        OSError
+            The file is not there, or cannot be read.
+        """
+        from kvcache.model_config import read_config
+
+        if dtype is not None:
+            dtype_named(dtype, FLOATS)
+        model = read_config(config, dtype)
+        layers = [layer.planes for layer in model.layers if layer.planes]
+        if not layers:
+            model.fields.refuse(
+                "no layer keeps K and V, so that there is nothing to make an arena for", "model_type"
+            )
+        made = {
+            planes: LayerSpec(PlaneSpec(*plane, model.dtype) for plane in planes) for planes in set(layers)
+        }
+        return cls.from_layers([made[planes] for planes in layers], max_total_tokens, block_size)
+
     def _fill(self, layers, max_total_tokens, block_size):
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "max_total_tokens", whole_number(max_total_tokens, "max_total_tokens"))

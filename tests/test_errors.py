@@ -31,6 +31,11 @@ CASES = [
         "the call needs 2 more blocks, 1 available",
     ),
     (errors.CacheClosed, {}, "the cache is closed"),
+    (
+        errors.UnreadableConfig,
+        {"model_type": "llama", "fields": ("head_dim",), "reason": "head_dim is missing"},
+        "the config of a 'llama' model cannot be read: head_dim is missing",
+    ),
     (errors.CacheHeld, {"holds": 2}, "the call would wait for 2 open holds, and this thread has one"),
 ]
 BUILTIN = {
@@ -38,6 +43,7 @@ BUILTIN = {
     errors.UnknownSequence: KeyError,
     errors.SequenceExists: ValueError,
     errors.InvalidFree: ValueError,
+    errors.UnreadableConfig: ValueError,
 }
 
 each = pytest.mark.parametrize(("kind", "numbers", "sentence"), CASES)
