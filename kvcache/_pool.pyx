@@ -244,7 +244,9 @@ cdef int reserve_for_holds(pool_t *pool, int64_t blocks) noexcept nogil:
         return 0
     if reserve_extents(&pool.kept, &pool.kept_capacity, pool.num_kept + blocks + 1):
         return -1
-    return reserve_extents(&pool.limbo, &pool.limbo_capacity, pool.num_limbo + (blocks if pool.paged else 1))
+    if not pool.paged:
+        blocks = min(blocks, pool.space.further + 1)  # a run is one entry
+    return reserve_extents(&pool.limbo, &pool.limbo_capacity, pool.num_limbo + blocks)
 
 
 cdef int reserve_extents(extent_t **extents, int64_t *capacity, int64_t entries) noexcept nogil:

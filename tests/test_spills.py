@@ -260,6 +260,21 @@ def test_under_a_hold_a_move_within_the_bound_waits(crowd):
         pytest.raises(CacheHeld, cache.append_token, "a")
 
 
+def test_every_run_of_a_scattered_sequence_waits_for_a_hold_to_end(make_cache):
+    cache = make_cache(1, 1, 4, 16384, 4, backend="none", max_move_tokens=0, overcommit=float("inf"))
+    for number in range(4096):
+        cache.allocate_for(number, 4)
+    for number in range(0, 4096, 2):
+        cache.free_for(number)
+    for name in "ab":
+        assert cache.allocate_for(name, 4000) and not cache.is_contiguous(name)
+    with cache.hold():
+        assert cache.truncate("a", 4) and cache.free_for("b")
+        assert cache.stats().free_blocks == 48
+        cache.check()
+    assert cache.stats().free_blocks == 2047
+
+
 def test_an_arena_that_fails_while_runs_are_joined_leaves_them_as_they_were(monkeypatch, make_cache):
     class Broken(Hands):
         def move(self, moves):
