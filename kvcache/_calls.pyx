@@ -96,8 +96,8 @@ cdef status_t pool_allocate(pool_t *pool, int64_t tokens, int64_t limit, handle_
     if not 1 <= tokens <= limit <= arena_tokens(pool):
         return BAD_COUNT
     kv_lock(&pool.lock)
-    pool.pause = 0
     while True:
+        pool.pause = 0
         status = CLOSED if pool.closed else admit(pool, tokens, limit, True, handle)
         if status != HELD or wait_for_holds(pool) != OK:
             break
@@ -110,8 +110,8 @@ cdef status_t pool_append(pool_t *pool, handle_t handle, int64_t count) noexcept
     if count < 0:
         return BAD_COUNT
     kv_lock(&pool.lock)
-    pool.pause = 0
     while True:
+        pool.pause = 0
         status = append(pool, place_of(handle), count, True) if is_live(pool, handle) else STALE
         if status != HELD or wait_for_holds(pool) != OK:
             break
@@ -141,8 +141,8 @@ cdef status_t pool_truncate(pool_t *pool, handle_t handle, int64_t tokens) noexc
 cdef status_t pool_fork(pool_t *pool, handle_t parent, handle_t *child) noexcept nogil:
     cdef status_t status
     kv_lock(&pool.lock)
-    pool.pause = 0
     while True:
+        pool.pause = 0
         status = split(pool, parent, True, child) if is_live(pool, parent) else STALE
         if status != HELD or wait_for_holds(pool) != OK:
             break

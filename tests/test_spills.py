@@ -1,5 +1,8 @@
 """A bound on moves: what cannot be placed as one run within it is scattered, and becomes one run again."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
 from hands import HandArena, Hands
@@ -258,6 +261,24 @@ def test_under_a_hold_a_move_within_the_bound_waits(crowd):
     cache = crowd(100)
     with cache.hold(), unchanged(cache):
         pytest.raises(CacheHeld, cache.append_token, "a")
+
+
+def test_each_of_the_calls_that_a_hold_kept_waiting_may_move_up_to_the_bound(make_cache):
+    cache = make_cache(max_move_tokens=4, overcommit=float("inf"))
+    for number in range(16):
+        cache.allocate_for(number, 4)
+    for number in range(0, 16, 2):
+        cache.free_for(number)
+    with cache.hold():
+        calls = [threading.Thread(target=cache.allocate_for, args=(name, 8), daemon=True) for name in "abc"]
+        for call in calls:
+            call.start()
+        time.sleep(0.2)
+        assert not any(name in cache for name in "abc")
+    for call in calls:
+        call.join(20)
+    assert all(cache.is_contiguous(name) for name in "abc")
+    assert (cache.stats().moved_tokens, cache.stats().longest_pause_tokens) == (12, 4)
 
 
 def test_every_run_of_a_scattered_sequence_waits_for_a_hold_to_end(make_cache):
