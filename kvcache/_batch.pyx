@@ -435,7 +435,7 @@ cdef class BatchCore:
         self.num_touched = 0
         self.all_live = False
         self.unseen = self.seen != changes
-        if (pool.limbo_blocks or pool.num_kept) and self.needs_held(counts):
+        if pool.num_holders and self.needs_held(counts):
             return HELD
         for index in range(self.size):
             hot = &pool.space.hot[<uint32_t>self.handles[index]]

@@ -355,6 +355,16 @@ def test_a_shared_block_that_its_other_holder_leaves_under_a_hold_keeps_its_cont
     assert cache.append_token("b")
 
 
+def test_a_member_whose_copy_keeps_more_than_another_has_is_seen_before_it_is_copied(make_cache):
+    cache = with_written(make_cache, "paged")
+    cache.fork("a", "b")
+    cache.truncate("b", 5)
+    batch = cache.batch(["a", "b"])
+    with cache.hold(), unchanged(cache):
+        pytest.raises(CacheHeld, batch.append)
+    assert batch.append().tolist() == [True, True]
+
+
 def test_a_fork_waits_for_the_step_that_still_writes_its_parent(make_cache):
     cache = with_written(make_cache, "paged")
     batch = cache.batch(["a"])
