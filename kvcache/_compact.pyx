@@ -5,7 +5,7 @@ from libc.stdint cimport INT64_MAX, int32_t, int64_t
 from kvcache._blocks cimport NOWHERE, block_is_free, largest_free_run, next_free
 from kvcache._placement cimport own_run, pack_left, pack_right, plan_move, run_tokens, seq_t, space_t
 from kvcache._pool cimport NO_MEMORY, OK, add_places, pool_t, status_t, take_place
-from kvcache._scatter cimport plan_heal
+from kvcache._scatter cimport join_runs, plan_heal
 from kvcache._sequences cimport carry_out
 
 ctypedef struct window_t:   # runs between two gaps, both included
@@ -61,6 +61,7 @@ cdef status_t bring_next(pool_t *pool, int32_t who) noexcept nogil:
         pack_left(space, start + length, end, start)
     status = carry_out(pool)
     if status != OK:
+        join_runs(pool, who)  # what has been split for this
         return status
     space.plan.count = space.plan.tokens = 0
     plan_move(space, run, space.seqs[who].start + space.seqs[who].blocks)
