@@ -86,8 +86,14 @@ cdef class BatchCore:
     """
 
     def __init__(self, CacheCore cache not None, request_ids=()):
-        if self.made:
+        if self.made or not kv_turn_take(&self.turn):
             raise KVCacheError("a batch is made once: __init__ has been called before")
+        try:
+            self.make(cache, request_ids)
+        finally:
+            self.end()
+
+    cdef int make(self, CacheCore cache, object request_ids) except -1:
         cache.known()
         self.cache = cache
         self.ids = []
@@ -97,6 +103,7 @@ cdef class BatchCore:
             self.join(self.newcomer(request_id))
         self.install(self.new_arrays(self.size), 0, -1)
         self.made = True
+        return 0
 
     def __dealloc__(self):
         free(self.handles)

@@ -170,6 +170,22 @@ def test_a_batch_is_made_once(make_cache):
     assert list(batch) == ["a"]
 
 
+def test_a_batch_is_not_made_while_it_is_being_made(make_cache):
+    cache = make_cache()
+    for name in "abc":
+        cache.allocate_for(name, 3)
+    batch = DecodeBatch.__new__(DecodeBatch)
+
+    def members():
+        yield "a"
+        pytest.raises(KVCacheError, batch.__init__, cache, ["b"]).match("made once")
+        pytest.raises(KVCacheError, batch.append).match("has not been called")
+        yield "c"
+
+    batch.__init__(cache, members())
+    assert list(batch) == ["a", "c"] and batch.lengths.tolist() == [3, 3]
+
+
 # ---- after close
 
 
