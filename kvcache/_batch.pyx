@@ -794,7 +794,7 @@ cdef class BatchCore:
                 return GONE
         for index in range(self.size):
             who = place_of(self.handles[index])
-            status = cut(pool, who, pool.space.hot[who].tokens - counts[index])
+            status = cut(pool, who, max(pool.space.hot[who].tokens - counts[index], 0))  # it may have come twice
             if status != OK and status != NO_ROOM:
                 return status
             got[index] = status == OK

@@ -1,5 +1,6 @@
 """One batch, whoever calls it: several threads, ids that call back, a cache that has been closed, members that died."""
 
+import itertools
 import threading
 import time
 
@@ -125,6 +126,26 @@ def test_an_id_whose_hash_uses_the_cache_joins_a_batch(make_cache):
     caller.call = lambda: cache.append_token("a")
     batch.add(caller)
     assert batch.lengths.tolist() == [4, 3]
+
+
+def test_a_member_that_an_inconstant_hash_lets_in_twice_is_not_cut_to_less_than_nothing(make_cache):
+    class Inconstant:
+        hashes = None
+
+        def __hash__(self):
+            return next(self.hashes) if self.hashes else 7
+
+    cache = make_cache()
+    member = Inconstant()
+    cache.allocate_for(member, 5)
+    batch = cache.batch([member])
+    member.hashes = itertools.cycle([7, 8, 8])  # found in the cache, not in the batch
+    batch.add(member)
+    member.hashes = None
+    assert len(batch) == 2
+    batch.truncate(3)
+    assert cache.used_tokens(member) == 0
+    cache.check()
 
 
 # ---- made by halves
