@@ -215,6 +215,7 @@ cdef class BatchCore:
         """
         self.begin()
         try:
+            self.cache.before_waiting()
             record = self.newcomer(request_id)
             arrays = self.new_arrays(self.size + 1)
             self.join(record)
@@ -232,6 +233,7 @@ cdef class BatchCore:
         """
         self.begin()
         try:
+            self.cache.before_waiting()
             if request_id not in self.known:
                 raise UnknownSequence(request_id=request_id)
             arrays = self.new_arrays(self.size - 1)
@@ -264,6 +266,7 @@ cdef class BatchCore:
             raise ValueError(f"an index comes twice in {chosen}")
         self.begin()
         try:
+            self.cache.before_waiting()
             self.arrange(chosen)
         finally:
             self.end()
