@@ -28,6 +28,7 @@ from kvcache._runs cimport block_map_text, fragmentation_of
 from kvcache._pool cimport (
     ceil_div,
     committed_tokens,
+    copy_table,
     is_live,
     overwrites_held,
     place_of,
@@ -562,7 +563,7 @@ cdef class CacheCore:
         cdef Allocation found = self.find(request_id)
         cdef int64_t room = self.capacity(request_id) // self.pool.space.block_size
         cdef int32_t[::1] out
-        cdef int64_t index, blocks, tokens
+        cdef int64_t blocks, tokens
         cdef int who
         while True:
             table = np.empty(room, np.int32)
@@ -570,9 +571,8 @@ cdef class CacheCore:
             who = self.live(found)
             blocks = held(&self.pool.space.seqs[who])
             tokens = self.pool.space.hot[who].tokens
-            for index in range(min(blocks, room)):
-                out[index] = <int32_t>(slot_of(&self.pool, who, index * self.pool.space.block_size)
-                                       // self.pool.space.block_size)
+            if room:
+                copy_table(&self.pool, who, min(blocks, room), &out[0])
             pool_unlock(&self.pool)
             if blocks <= room:
                 return table[:blocks], tokens

@@ -37,6 +37,7 @@ from kvcache._pool cimport (
     PAST_LIMIT,
     STALE,
     ceil_div,
+    copy_table,
     is_live,
     last_block,
     my_hold,
@@ -722,7 +723,7 @@ cdef class BatchCore:
     cdef object tables(self):
         cdef pool_t *pool = &self.cache.pool
         cdef int32_t[:, ::1] rows
-        cdef int64_t widest = 0, width = -1, index, block
+        cdef int64_t widest = 0, width = -1, index
         cdef int32_t who
         table = None
         while width != widest:  # a member may grow while the array is made
@@ -736,10 +737,8 @@ cdef class BatchCore:
                     widest = max(widest, held(&pool.space.seqs[place_of(self.handles[index])]))
             for index in range(self.size if widest == width else 0):
                 who = place_of(self.handles[index])
-                if is_live(pool, self.handles[index]):
-                    for block in range(held(&pool.space.seqs[who])):
-                        rows[index, block] = <int32_t>(slot_of(pool, who, block * pool.space.block_size)
-                                                       // pool.space.block_size)
+                if width and is_live(pool, self.handles[index]):
+                    copy_table(pool, who, held(&pool.space.seqs[who]), &rows[index, 0])
             pool_unlock(pool)
         return table
 

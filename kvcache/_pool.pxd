@@ -155,6 +155,7 @@ cdef void vacate(pool_t *pool, int32_t who) noexcept nogil
 cdef handle_t enter(pool_t *pool, int64_t tokens, int64_t limit) noexcept nogil
 cdef void leave(pool_t *pool, int32_t who) noexcept nogil
 cdef void refresh(pool_t *pool, int32_t who) noexcept nogil
+cdef void copy_table(const pool_t *pool, int32_t who, int64_t count, int32_t *table) noexcept nogil
 cdef int64_t committed_tokens(const pool_t *pool, int32_t who) noexcept nogil
 cdef void give_back(pool_t *pool, int64_t start, int64_t length) noexcept nogil
 cdef void end_of_holds(pool_t *pool) noexcept nogil

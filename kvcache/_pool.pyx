@@ -177,6 +177,19 @@ cdef int64_t slot_in_runs(const pool_t *pool, int32_t who, int64_t position) noe
     return (pool.space.seqs[who].start + block - pool.space.seqs[who].before) * size + position % size
 
 
+cdef void copy_table(const pool_t *pool, int32_t who, int64_t count, int32_t *table) noexcept nogil:
+    """The first `count` blocks of a sequence, in token order."""
+    cdef const seq_t *run = &pool.space.seqs[who]
+    cdef int64_t index
+    for index in range(count):
+        if pool.paged:
+            table[index] = run.table[index]
+            continue
+        if index == run.before + run.blocks:
+            run = &pool.space.seqs[run.next_run]
+        table[index] = <int32_t>(run.start + index - run.before)
+
+
 cdef int64_t committed_tokens(const pool_t *pool, int32_t who) noexcept nogil:
     """The least of the written prefixes."""
     cdef const int32_t *marks = &pool.marks[who * pool.num_marks]
