@@ -261,9 +261,9 @@ cdef status_t append(pool_t *pool, int32_t who, int64_t count, bint patient) noe
     if count == 0:
         return OK
     if hot.tokens + count > hot.soft:
-        if tail_is_kept(pool, who):
-            return HELD
         need = ceil_div(hot.tokens + count, pool.space.block_size) - held(seq)
+        if tail_is_kept(pool, who):
+            return NO_ROOM if find_room(pool, need) == NO_ROOM else HELD
         status = grow_paged(pool, who, need, patient) if pool.paged else grow_run(pool, who, need, patient)
         if status != OK:
             return status

@@ -266,18 +266,21 @@ class Model:
         if sequence.tokens + count > sequence.limit:
             return REFUSED
         blocks = list(sequence.blocks)
-        copied = 0
+        copied, waits = 0, False
         if sequence.tokens % self.block_size and self.is_shared(blocks[-1]):
             blocks[-1] = Block()
             copied = sequence.tokens % self.block_size
-        elif blocks and self.overwrites_kept(sequence, blocks[-1], count):
-            return HELD
+        elif blocks:
+            waits = self.overwrites_kept(sequence, blocks[-1], count)
         more = self.blocks_for(sequence.tokens + count) - len(blocks)
         in_place = self.has_room_after(sequence, more)
         blocks += [Block() for _ in range(more)]
         rows = tuple(layer + (None,) * count for layer in sequence.rows)
         grown = replace(sequence, tokens=sequence.tokens + count, blocks=tuple(blocks), rows=rows)
-        verdict = self.attempt({**self.sequences, request_id: grown}, in_place)
+        after = {**self.sequences, request_id: grown}
+        if waits:
+            return REFUSED if self.verdict(after) is REFUSED else HELD
+        verdict = self.attempt(after, in_place)
         if verdict is GRANTED:
             self.copied_tokens += copied
             if self.holds and not self.paged and sequence.blocks:

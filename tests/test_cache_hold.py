@@ -313,6 +313,18 @@ def test_what_is_cut_inside_a_block_is_not_written_again_under_a_hold(make_cache
 
 
 @BOTH
+def test_an_append_that_would_fit_after_no_hold_does_not_wait_for_one(make_cache, placement):
+    cache = with_written(make_cache, placement)
+    cache.allocate_for("b", 56)
+    with cache.hold():
+        cache.truncate("a", 5)
+        with unchanged(cache):
+            assert cache.append_tokens("a", 12) is False
+            assert cache.batch(["a"]).append(counts=12).tolist() == [False]
+            pytest.raises(CacheHeld, cache.append_tokens, "a", 3)
+
+
+@BOTH
 def test_a_thread_that_would_write_over_what_is_cut_waits_for_the_hold(make_cache, placement):
     cache = with_written(make_cache, placement)
     with cache.hold():
