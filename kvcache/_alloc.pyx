@@ -640,7 +640,7 @@ cdef class CacheCore:
             return GONE
         if rows == 0:
             return OK
-        if overwrites_held(&self.pool, who, layer, start):
+        if overwrites_held(&self.pool, who, layer, start, rows):
             return HELD
         self.pool.spans.count = 0
         status = own_and_span(&self.pool, &self.pool.spans, who, start, rows, 0)

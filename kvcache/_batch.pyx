@@ -847,7 +847,8 @@ cdef class BatchCore:
         for index in range(self.size):
             first, last = self.first_of(index), self.first_of(index + 1)
             if (first < last and self.position[first] >= 0
-                    and overwrites_held(pool, place_of(self.handles[index]), layer, self.position[first])):
+                    and overwrites_held(pool, place_of(self.handles[index]), layer, self.position[first],
+                                        last - first)):
                 return HELD
         if (self.spans_number != self.number or self.spans_seen != pool.changes
                 or self.spans_rows != sources.rows):

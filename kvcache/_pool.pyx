@@ -40,6 +40,7 @@ cdef void pool_destroy(pool_t *pool) noexcept nogil:
     free(pool.refs)
     free(pool.writers)
     free(pool.marks)
+    free(pool.written)
     free(pool.limbo)
     free(pool.kept)
     free(pool.spans.items)
@@ -67,6 +68,7 @@ cdef int add_places(pool_t *pool) noexcept nogil:
     cdef void *hot = realloc(pool.space.hot, places * sizeof(hot_t))
     cdef void *seqs
     cdef void *marks
+    cdef void *written
     if hot == NULL:
         return -1
     pool.space.hot = <hot_t *>hot
@@ -78,6 +80,10 @@ cdef int add_places(pool_t *pool) noexcept nogil:
     if marks == NULL:
         return -1
     pool.marks = <int32_t *>marks
+    written = realloc(pool.written, max(places * pool.num_marks, <int64_t>1) * sizeof(extent_t))
+    if written == NULL:
+        return -1
+    pool.written = <extent_t *>written
     if plan_reserve(&pool.space.plan, places + 1):  # every sequence may move, and a fork be copied
         return -1
     memset(&pool.space.hot[pool.places], 0, (places - pool.places) * sizeof(hot_t))
@@ -139,6 +145,7 @@ cdef handle_t enter(pool_t *pool, int64_t tokens, int64_t limit) noexcept nogil:
     hot.tokens = <int32_t>tokens
     seq.limit = <int32_t>limit
     memset(&pool.marks[who * pool.num_marks], 0, pool.num_marks * sizeof(int32_t))
+    memset(&pool.written[who * pool.num_marks], 0, pool.num_marks * sizeof(extent_t))
     pool.space.live += 1
     return <handle_t>hot.generation << 32 | <handle_t>who
 

@@ -37,6 +37,7 @@ from kvcache._pool cimport (
     ceil_div,
     committed_tokens,
     enter,
+    extent_t,
     find_room,
     handle_t,
     is_live,
@@ -402,6 +403,7 @@ cdef status_t cut(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil:
     seq.version += 1
     hot.tokens = <int32_t>tokens
     lower_marks(pool, who, tokens)
+    forget_written(pool, who, tokens)
     refresh(pool, who)
     pool.changes += 1
     return OK
@@ -439,6 +441,7 @@ cdef void raise_marks(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil:
     cdef int64_t mark
     for mark in range(pool.num_marks):
         marks[mark] = max(marks[mark], <int32_t>tokens)
+        note_written(pool, who, mark, 0, tokens)
 
 
 cdef void lower_marks(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil:
@@ -448,6 +451,27 @@ cdef void lower_marks(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil:
         marks[mark] = min(marks[mark], <int32_t>tokens)
 
 
+cdef void note_written(pool_t *pool, int32_t who, int64_t mark, int64_t start, int64_t count) noexcept nogil:
+    """What a hold keeps from being overwritten, whatever becomes of the prefixes."""
+    cdef extent_t *written = &pool.written[who * pool.num_marks + mark]
+    cdef int64_t end = start + count
+    if count == 0:
+        return
+    if written.length:
+        end = max(end, <int64_t>written.start + written.length)
+        start = min(start, <int64_t>written.start)
+    written[0] = extent_t(start=<int32_t>start, length=<int32_t>(end - start))
+
+
+cdef void forget_written(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil:
+    """Of what has been written only the first `tokens` tokens are left."""
+    cdef extent_t *written = &pool.written[who * pool.num_marks]
+    cdef int64_t mark
+    for mark in range(pool.num_marks):
+        written[mark].length = <int32_t>max(min(<int64_t>written[mark].length, tokens - written[mark].start),
+                                            <int64_t>0)
+
+
 cdef void mark_written(pool_t *pool, int32_t who, int64_t mark, int64_t start, int64_t count) noexcept nogil:
     """A write below what is committed lowers every prefix to there; one that begins in its own prefix extends it."""
     cdef int32_t *written = &pool.marks[who * pool.num_marks + mark]
@@ -455,6 +479,7 @@ cdef void mark_written(pool_t *pool, int32_t who, int64_t mark, int64_t start, i
         lower_marks(pool, who, start)
     if start <= written[0]:
         written[0] = max(written[0], <int32_t>(start + count))
+    note_written(pool, who, mark, start, count)
 
 
 # ---- forks
@@ -485,6 +510,8 @@ cdef void enter_twin(pool_t *pool, int32_t who, handle_t *child) noexcept nogil:
     child[0] = enter(pool, pool.space.hot[who].tokens, pool.space.seqs[who].limit)
     memcpy(&pool.marks[place_of(child[0]) * pool.num_marks], &pool.marks[who * pool.num_marks],
            pool.num_marks * sizeof(int32_t))
+    memcpy(&pool.written[place_of(child[0]) * pool.num_marks], &pool.written[who * pool.num_marks],
+           pool.num_marks * sizeof(extent_t))
 
 
 cdef void finish_twin(pool_t *pool, int32_t who, int32_t twin, int64_t claim) noexcept nogil:

@@ -353,6 +353,44 @@ def test_what_has_been_written_is_not_overwritten_under_a_hold(make_cache, place
     assert (cache.get_k_view("a", 0)[:, 3] == 50).all()
 
 
+@BOTH
+def test_a_layer_whose_prefix_another_layer_lowered_is_not_overwritten_under_a_hold(make_cache, placement):
+    cache = with_written(make_cache, placement)
+    cache.write("a", 0, values(7, 50), values(7, 50), start=0)
+    with cache.hold():
+        seen = cache.get_k_view("a", 1)
+        with unchanged(cache):
+            pytest.raises(CacheHeld, cache.write, "a", 1, values(2, 50), values(2, 50), start=3)
+        assert np.array_equal(seen, values(7, 0))
+
+
+@BOTH
+def test_what_was_written_beyond_a_gap_is_not_overwritten_under_a_hold(make_cache, placement):
+    cache = make_cache(placement=placement, overcommit=2.0)
+    cache.allocate_for("a", 8, max_tokens=12)
+    cache.write("a", 0, values(3, 5), values(3, 5), start=5)
+    with cache.hold():
+        with unchanged(cache):
+            pytest.raises(CacheHeld, cache.write, "a", 0, values(1, 0), values(1, 0), start=6)
+            pytest.raises(CacheHeld, cache.write, "a", 0, values(6, 0), values(6, 0), start=0)
+        cache.write("a", 0, values(5, 0), values(5, 0), start=0)  # the gap
+        assert np.array_equal(cache.get_k_view("a", 0), values(8, 0))
+    cache.truncate("a", 6)
+    cache.append_tokens("a", 6)
+    with cache.hold():
+        with unchanged(cache):
+            pytest.raises(CacheHeld, cache.write, "a", 0, values(7, 5), values(7, 5), start=5)
+        cache.write("a", 0, values(6, 6), values(6, 6), start=6)
+
+
+@BOTH
+def test_what_a_fork_has_of_its_parent_is_not_overwritten_under_a_hold(make_cache, placement):
+    cache = with_written(make_cache, placement)
+    cache.fork("a", "b")
+    with cache.hold(), unchanged(cache):
+        pytest.raises(CacheHeld, cache.write, "b", 0, values(2, 50), values(2, 50), start=3)
+
+
 def test_a_shared_block_that_its_other_holder_leaves_under_a_hold_keeps_its_content(make_cache):
     cache = with_written(make_cache, "paged")
     cache.fork("a", "b")
