@@ -208,7 +208,7 @@ class KVCache(CacheCore):
             A shared block would have to be copied first, and no block is unclaimed. Nothing has been written.
         """
         self._require_open()
-        self._checked(layer)
+        layer = self._checked(layer)
         sources = self.arena.sources(layer, planes, rows_axis=1)
         sources.overwrites = True
         self.arena.note_stream()
@@ -297,7 +297,7 @@ class DecodeBatch(BatchCore):
         """
         cache = self.cache
         cache._require_open()
-        cache._checked(layer)
+        layer = cache._checked(layer)
         sources = cache.arena.sources(layer, planes, rows_axis=0)
         cache.arena.note_stream()
         self._write_rows(sources, layer)

@@ -391,6 +391,25 @@ def test_what_a_fork_has_of_its_parent_is_not_overwritten_under_a_hold(make_cach
         pytest.raises(CacheHeld, cache.write, "b", 0, values(2, 50), values(2, 50), start=3)
 
 
+def test_a_layer_is_read_as_an_int_once(make_cache):
+    class Layer:
+        def __init__(self):
+            self.answers = iter([1])
+
+        def __index__(self):
+            return next(self.answers)
+
+    cache = with_written(make_cache, "contiguous")
+    batch = cache.batch(["a"])
+    batch.append()
+    rows = np.ones((1, 2, 4), np.float32)
+    with cache.hold():
+        batch.write(Layer(), rows, rows)
+        cache.write("a", 0, values(1, 7), values(1, 7))
+    cache.write("a", Layer(), values(1, 9), values(1, 9))
+    assert (cache.get_k_view("a", 1)[:, 7] == 9).all()
+
+
 def test_a_shared_block_that_its_other_holder_leaves_under_a_hold_keeps_its_content(make_cache):
     cache = with_written(make_cache, "paged")
     cache.fork("a", "b")
