@@ -13,7 +13,7 @@ from cpython.bytearray cimport PyByteArray_AS_STRING
 from libc.stdint cimport INT64_MAX, int32_t, int64_t
 
 from kvcache._blocks cimport draw_blocks, largest_free_run
-from kvcache._calls cimport pool_compact, wait_for_holds
+from kvcache._calls cimport hold_briefly, pool_compact, wait_for_holds
 from kvcache._check cimport check_pool
 from kvcache._copy cimport copier_move
 from kvcache._ids cimport as_count, as_token, as_tokens, is_count
@@ -144,15 +144,17 @@ cdef class Hold:
     """While it is open, nothing moves and nothing that is held is overwritten. Made by `KVCache.hold`."""
 
     cdef CacheCore cache
+    cdef bint brief
 
-    def __cinit__(self, CacheCore cache):
+    def __cinit__(self, CacheCore cache, bint brief=False):
         self.cache = cache
+        self.brief = brief
 
     def __enter__(self):
         cdef status_t status
         self.cache.before_waiting()
         with nogil:
-            status = pool_hold(&self.cache.pool)
+            status = hold_briefly(&self.cache.pool) if self.brief else pool_hold(&self.cache.pool)
         self.cache.answer(status, None)
         return self
 
@@ -718,6 +720,10 @@ cdef class CacheCore:
         """
         self.known()
         return Hold(self)
+
+    def _hold_briefly(self):
+        """A hold for as long as bytes are copied: it waits for nobody who waits for another hold."""
+        return Hold(self, True)
 
     def close(self):
         """Ends every sequence and lets the arena go. `free_for` then returns False, a second `close` does nothing, and

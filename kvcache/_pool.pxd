@@ -27,6 +27,7 @@ ctypedef enum status_t:
 ctypedef struct holder_t:
     uintptr_t thread
     int64_t depth
+    bint brief              # only while bytes are copied
 
 ctypedef struct extent_t:
     int32_t start
@@ -62,6 +63,7 @@ ctypedef struct pool_t:
     int64_t kept_capacity
     holder_t *holders       # threads that hold
     int64_t num_holders
+    int64_t num_brief       # of these: brief ones
     int64_t holder_capacity
     int64_t waiting         # calls that wait for the last hold to end
     spans_t spans           # of the write in hand

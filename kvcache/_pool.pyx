@@ -251,6 +251,7 @@ cdef status_t release_mine(pool_t *pool) noexcept nogil:
     mine.depth -= 1
     if mine.depth == 0:
         pool.num_holders -= 1
+        pool.num_brief -= mine.brief
         mine[0] = pool.holders[pool.num_holders]
         if pool.num_holders == 0:
             end_of_holds(pool)

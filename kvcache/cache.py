@@ -177,7 +177,7 @@ class KVCache(CacheCore):
             raise ValueError(
                 f"{request_id!r} is scattered over several runs of blocks: a view of it is a copy"
             )
-        with self.hold():  # the bytes stay where they are while they are copied
+        with self._hold_briefly():  # the bytes stay where they are while they are copied
             return self._copies(request_id, layer, indices)
 
     def _copies(self, request_id, layer, indices):

@@ -163,6 +163,41 @@ def test_other_threads_go_on_while_one_waits(make_cache):
     assert late.result()
 
 
+@BOTH
+def test_a_copy_of_a_view_goes_on_while_one_waits_for_a_hold(make_cache, placement):
+    cache = with_written(make_cache, placement)
+    cache.allocate_for("b", 40)
+    with cache.hold():
+        cache.free_for("b")
+        late = Elsewhere(lambda: cache.allocate_for("c", 40))
+        assert late.waits(0.05)
+        copy = Elsewhere(lambda: cache.get_k_view("a", 0, copy=True))
+        assert np.array_equal(copy.result(), values(7, 0))
+        assert late.waits(0.05)
+    assert late.result()
+
+
+def test_copies_one_after_another_starve_nobody_who_waits(make_cache):
+    cache = with_written(make_cache, "paged")
+    cache.allocate_for("b", 40)
+    stop = threading.Event()
+
+    def copy_again_and_again():
+        while not stop.is_set():
+            cache.get_k_view("a", 0, copy=True)
+
+    copying = [Elsewhere(copy_again_and_again) for _ in range(3)]
+    with cache.hold():
+        cache.free_for("b")
+        late = Elsewhere(lambda: cache.allocate_for("c", 40))
+        assert late.waits(0.05)
+    granted = late.result()
+    stop.set()
+    for copier in copying:
+        copier.result()
+    assert granted
+
+
 def test_holds_nest(make_cache):
     cache = make_cache()
     cache.allocate_for("a", 40)
