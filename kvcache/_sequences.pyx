@@ -143,7 +143,7 @@ cdef status_t carry_out(pool_t *pool) noexcept nogil:
 cdef void enter_moves(pool_t *pool) noexcept nogil:
     cdef plan_t *plan = &pool.space.plan
     cdef int64_t index
-    cdef int32_t head
+    cdef int32_t head, joined = NOWHERE
     settle(&pool.space)
     pool.moves += plan.count
     pool.moved_tokens += plan.tokens
@@ -151,8 +151,9 @@ cdef void enter_moves(pool_t *pool) noexcept nogil:
     pool.longest_pause = max(pool.longest_pause, pool.pause)
     for index in range(plan.count if pool.space.further else 0):
         head = pool.space.seqs[plan.who[index]].head  # also of a run that has just been joined to another
-        if pool.space.seqs[head].breaks:
+        if head != joined and pool.space.seqs[head].breaks:  # one chain is walked once, not for each of its runs
             join_runs(pool, head)
+            joined = head
 
 
 # ---- admission
