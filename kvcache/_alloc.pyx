@@ -13,7 +13,7 @@ from cpython.bytearray cimport PyByteArray_AS_STRING
 from libc.stdint cimport INT64_MAX, int32_t, int64_t
 
 from kvcache._blocks cimport draw_blocks, largest_free_run
-from kvcache._calls cimport pool_compact, wait_for_holds
+from kvcache._calls cimport hold_briefly, pool_compact, wait_for_holds
 from kvcache._check cimport check_pool
 from kvcache._copy cimport copier_move
 from kvcache._ids cimport as_count, as_token, as_tokens, is_count
@@ -28,6 +28,7 @@ from kvcache._runs cimport block_map_text, fragmentation_of
 from kvcache._pool cimport (
     ceil_div,
     committed_tokens,
+    copy_table,
     is_live,
     overwrites_held,
     place_of,
@@ -143,15 +144,17 @@ cdef class Hold:
     """While it is open, nothing moves and nothing that is held is overwritten. Made by `KVCache.hold`."""
 
     cdef CacheCore cache
+    cdef bint brief
 
-    def __cinit__(self, CacheCore cache):
+    def __cinit__(self, CacheCore cache, bint brief=False):
         self.cache = cache
+        self.brief = brief
 
     def __enter__(self):
         cdef status_t status
         self.cache.before_waiting()
         with nogil:
-            status = pool_hold(&self.cache.pool)
+            status = hold_briefly(&self.cache.pool) if self.brief else pool_hold(&self.cache.pool)
         self.cache.answer(status, None)
         return self
 
@@ -562,7 +565,7 @@ cdef class CacheCore:
         cdef Allocation found = self.find(request_id)
         cdef int64_t room = self.capacity(request_id) // self.pool.space.block_size
         cdef int32_t[::1] out
-        cdef int64_t index, blocks, tokens
+        cdef int64_t blocks, tokens
         cdef int who
         while True:
             table = np.empty(room, np.int32)
@@ -570,9 +573,8 @@ cdef class CacheCore:
             who = self.live(found)
             blocks = held(&self.pool.space.seqs[who])
             tokens = self.pool.space.hot[who].tokens
-            for index in range(min(blocks, room)):
-                out[index] = <int32_t>(slot_of(&self.pool, who, index * self.pool.space.block_size)
-                                       // self.pool.space.block_size)
+            if room:
+                copy_table(&self.pool, who, min(blocks, room), &out[0])
             pool_unlock(&self.pool)
             if blocks <= room:
                 return table[:blocks], tokens
@@ -640,7 +642,7 @@ cdef class CacheCore:
             return GONE
         if rows == 0:
             return OK
-        if overwrites_held(&self.pool, who, layer, start):
+        if overwrites_held(&self.pool, who, layer, start, rows):
             return HELD
         self.pool.spans.count = 0
         status = own_and_span(&self.pool, &self.pool.spans, who, start, rows, 0)
@@ -718,6 +720,10 @@ cdef class CacheCore:
         """
         self.known()
         return Hold(self)
+
+    def _hold_briefly(self):
+        """A hold for as long as bytes are copied: it waits for nobody who waits for another hold."""
+        return Hold(self, True)
 
     def close(self):
         """Ends every sequence and lets the arena go. `free_for` then returns False, a second `close` does nothing, and

@@ -54,6 +54,7 @@ cdef class BatchCore:
     cdef int32_t *length
     cdef int32_t *start
 
+    cdef int make(self, CacheCore cache, object request_ids) except -1
     cdef int begin(self) except -1
     cdef void end(self) noexcept
     cdef status_t wait_for_turn(self) noexcept nogil

@@ -38,6 +38,7 @@ from kvcache._pool cimport (
     PAST_LIMIT,
     STALE,
     ceil_div,
+    copy_table,
     is_live,
     last_block,
     my_hold,
@@ -87,8 +88,14 @@ cdef class BatchCore:
     """
 
     def __init__(self, CacheCore cache not None, request_ids=()):
-        if self.made:
+        if self.made or not kv_turn_take(&self.turn):
             raise KVCacheError("a batch is made once: __init__ has been called before")
+        try:
+            self.make(cache, request_ids)
+        finally:
+            self.end()
+
+    cdef int make(self, CacheCore cache, object request_ids) except -1:
         cache.known()
         self.cache = cache
         self.ids = []
@@ -98,6 +105,7 @@ cdef class BatchCore:
             self.join(self.newcomer(request_id))
         self.install(self.new_arrays(self.size), 0, -1)
         self.made = True
+        return 0
 
     def __dealloc__(self):
         free(self.handles)
@@ -209,6 +217,7 @@ cdef class BatchCore:
         """
         self.begin()
         try:
+            self.cache.before_waiting()
             record = self.newcomer(request_id)
             arrays = self.new_arrays(self.size + 1)
             self.join(record)
@@ -226,6 +235,7 @@ cdef class BatchCore:
         """
         self.begin()
         try:
+            self.cache.before_waiting()
             if request_id not in self.known:
                 raise UnknownSequence(request_id=request_id)
             arrays = self.new_arrays(self.size - 1)
@@ -258,6 +268,7 @@ cdef class BatchCore:
             raise ValueError(f"an index comes twice in {chosen}")
         self.begin()
         try:
+            self.cache.before_waiting()
             self.arrange(chosen)
         finally:
             self.end()
@@ -437,7 +448,7 @@ cdef class BatchCore:
         self.num_touched = 0
         self.all_live = False
         self.unseen = self.seen != changes
-        if (pool.limbo_blocks or pool.num_kept) and self.needs_held(counts):
+        if pool.num_holders and self.needs_held(counts):
             return HELD
         for index in range(self.size):
             hot = &pool.space.hot[<uint32_t>self.handles[index]]
@@ -720,7 +731,7 @@ cdef class BatchCore:
     cdef object tables(self):
         cdef pool_t *pool = &self.cache.pool
         cdef int32_t[:, ::1] rows
-        cdef int64_t widest = 0, width = -1, index, block
+        cdef int64_t widest = 0, width = -1, index
         cdef int32_t who
         table = None
         while width != widest:  # a member may grow while the array is made
@@ -734,10 +745,8 @@ cdef class BatchCore:
                     widest = max(widest, held(&pool.space.seqs[place_of(self.handles[index])]))
             for index in range(self.size if widest == width else 0):
                 who = place_of(self.handles[index])
-                if is_live(pool, self.handles[index]):
-                    for block in range(held(&pool.space.seqs[who])):
-                        rows[index, block] = <int32_t>(slot_of(pool, who, block * pool.space.block_size)
-                                                       // pool.space.block_size)
+                if width and is_live(pool, self.handles[index]):
+                    copy_table(pool, who, held(&pool.space.seqs[who]), &rows[index, 0])
             pool_unlock(pool)
         return table
 
@@ -795,7 +804,7 @@ cdef class BatchCore:
                 return GONE
         for index in range(self.size):
             who = place_of(self.handles[index])
-            status = cut(pool, who, pool.space.hot[who].tokens - counts[index])
+            status = cut(pool, who, max(pool.space.hot[who].tokens - counts[index], 0))  # it may have come twice
             if status != OK and status != NO_ROOM:
                 return status
             got[index] = status == OK
@@ -846,7 +855,8 @@ cdef class BatchCore:
         for index in range(self.size):
             first, last = self.first_of(index), self.first_of(index + 1)
             if (first < last and self.position[first] >= 0
-                    and overwrites_held(pool, place_of(self.handles[index]), layer, self.position[first])):
+                    and overwrites_held(pool, place_of(self.handles[index]), layer, self.position[first],
+                                        last - first)):
                 return HELD
         if (self.spans_number != self.number or self.spans_seen != pool.changes
                 or self.spans_rows != sources.rows):

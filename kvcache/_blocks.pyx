@@ -249,7 +249,7 @@ cdef int64_t longest_gap(const blocks_t *blocks) noexcept nogil:
     while blocks.classes[word] == 0:
         word -= 1
     gap = longest = blocks.heads[(word << 6) + 63 - kv_clz(blocks.classes[word])]
-    while gap != NOWHERE:
+    while gap != NOWHERE and word:  # a class of word 0 is of one length
         if blocks.cells[gap].length > blocks.cells[longest].length:
             longest = gap
         gap = blocks.cells[gap].a

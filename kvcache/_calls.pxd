@@ -13,6 +13,7 @@ cdef status_t pool_set_limit(pool_t *pool, handle_t handle, int64_t limit) noexc
 cdef status_t pool_commit(pool_t *pool, handle_t handle, int64_t tokens) noexcept nogil
 cdef status_t pool_slots(pool_t *pool, handle_t handle, int64_t start, int64_t count, int32_t *slots) noexcept nogil
 cdef status_t pool_hold(pool_t *pool) noexcept nogil
+cdef status_t hold_briefly(pool_t *pool) noexcept nogil
 cdef status_t pool_release(pool_t *pool) noexcept nogil
 cdef status_t pool_compact(pool_t *pool, int64_t most, int64_t *moved) noexcept nogil
 cdef status_t pool_close(pool_t *pool) noexcept nogil

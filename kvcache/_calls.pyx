@@ -55,6 +55,15 @@ cdef status_t wait_for_holds(pool_t *pool) noexcept nogil:
 
 
 cdef status_t pool_hold(pool_t *pool) noexcept nogil:
+    return enter_hold(pool, False)
+
+
+cdef status_t hold_briefly(pool_t *pool) noexcept nogil:
+    """While bytes are copied: beside a hold that is open anyway, it does not queue up behind those who wait for it."""
+    return enter_hold(pool, True)
+
+
+cdef status_t enter_hold(pool_t *pool, bint brief) noexcept nogil:
     cdef holder_t *mine
     cdef void *holders
     cdef status_t status = OK
@@ -62,8 +71,11 @@ cdef status_t pool_hold(pool_t *pool) noexcept nogil:
     mine = my_hold(pool)
     if mine != NULL:
         mine.depth += 1
+        if mine.brief and not brief:
+            mine.brief = False
+            pool.num_brief -= 1
     else:
-        while pool.waiting:
+        while pool.waiting and not (brief and pool.num_holders > pool.num_brief):
             kv_lock_wait(&pool.lock)
         if pool.num_holders == pool.holder_capacity:
             holders = realloc(pool.holders, (pool.holder_capacity + 8) * sizeof(holder_t))
@@ -75,8 +87,9 @@ cdef status_t pool_hold(pool_t *pool) noexcept nogil:
         if status == OK and pool.closed:
             status = CLOSED
         if status == OK:
-            pool.holders[pool.num_holders] = holder_t(thread=kv_thread(), depth=1)
+            pool.holders[pool.num_holders] = holder_t(thread=kv_thread(), depth=1, brief=brief)
             pool.num_holders += 1
+            pool.num_brief += brief
     pool_unlock(pool)
     return status
 
@@ -96,8 +109,8 @@ cdef status_t pool_allocate(pool_t *pool, int64_t tokens, int64_t limit, handle_
     if not 1 <= tokens <= limit <= arena_tokens(pool):
         return BAD_COUNT
     kv_lock(&pool.lock)
-    pool.pause = 0
     while True:
+        pool.pause = 0
         status = CLOSED if pool.closed else admit(pool, tokens, limit, True, handle)
         if status != HELD or wait_for_holds(pool) != OK:
             break
@@ -110,8 +123,8 @@ cdef status_t pool_append(pool_t *pool, handle_t handle, int64_t count) noexcept
     if count < 0:
         return BAD_COUNT
     kv_lock(&pool.lock)
-    pool.pause = 0
     while True:
+        pool.pause = 0
         status = append(pool, place_of(handle), count, True) if is_live(pool, handle) else STALE
         if status != HELD or wait_for_holds(pool) != OK:
             break
@@ -141,8 +154,8 @@ cdef status_t pool_truncate(pool_t *pool, handle_t handle, int64_t tokens) noexc
 cdef status_t pool_fork(pool_t *pool, handle_t parent, handle_t *child) noexcept nogil:
     cdef status_t status
     kv_lock(&pool.lock)
-    pool.pause = 0
     while True:
+        pool.pause = 0
         status = split(pool, parent, True, child) if is_live(pool, parent) else STALE
         if status != HELD or wait_for_holds(pool) != OK:
             break

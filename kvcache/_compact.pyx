@@ -4,7 +4,7 @@ from libc.stdint cimport INT64_MAX, int32_t, int64_t
 
 from kvcache._blocks cimport NOWHERE, block_is_free, largest_free_run, next_free
 from kvcache._pool cimport NO_MEMORY, OK, add_places, pool_t, status_t, take_place
-from kvcache._scatter cimport plan_heal
+from kvcache._scatter cimport join_runs, plan_heal
 from kvcache._sequences cimport carry_out
 from kvcache._slides cimport pack_left, pack_right
 from kvcache._space cimport end_of, own_run, plan_clear, plan_move, run_tokens, seq_t, space_t
@@ -62,6 +62,7 @@ cdef status_t bring_next(pool_t *pool, int32_t who) noexcept nogil:
         pack_left(space, start + length, end, start)
     status = carry_out(pool)
     if status != OK:
+        join_runs(pool, who)  # what has been split for this
         return status
     plan_clear(&space.plan)
     plan_move(space, run, end_of(&space.seqs[who]))

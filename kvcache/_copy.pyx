@@ -159,13 +159,16 @@ cdef int copier_write(
 cdef int move(Copier self, const move_t *moves, int64_t count) noexcept nogil:
     cdef int64_t i, last
     if self.closed:
-        return refuse_closed(self)
+        refuse_closed(self)
+        return 1
     for i in range(count):
         if moves[i].blocks < 0:
-            return refuse_move(self, &moves[i])
+            refuse_move(self, &moves[i])
+            return 1
         last = self.num_blocks - moves[i].blocks
         if not (0 <= moves[i].source <= last and 0 <= moves[i].destination <= last):
-            return refuse_move(self, &moves[i])
+            refuse_move(self, &moves[i])
+            return 1
     if self.by_graph:
         return move_by_graph(self, moves, count)
     if count and self.waits and wait(self):
@@ -179,16 +182,19 @@ cdef int write(
 ) noexcept nogil:
     cdef int64_t i, rows = sources.rows, tokens = self.num_blocks * self.block_size
     if self.closed:
-        return refuse_closed(self)
+        refuse_closed(self)
+        return 1
     if <void *>sources.copier != <void *>self or sources.layer != layer:
-        return refuse_sources(self, sources, layer)
+        refuse_sources(self, sources, layer)
+        return 1
     for i in range(count):
         if (
             spans[i].count < 0
             or not 0 <= spans[i].row <= rows - spans[i].count
             or not 0 <= spans[i].slot <= tokens - spans[i].count
         ):
-            return refuse_span(self, sources, &spans[i])
+            refuse_span(self, sources, &spans[i])
+            return 1
     if self.by_graph:
         return write_by_graph(self, sources, layer, spans, count)
     if sources.overwrites and self.waits and wait(self):
@@ -199,30 +205,33 @@ cdef int write(
 
 
 cdef int keep_error(Copier self, object error) noexcept:
-    """For this thread, whoever else fails meanwhile; 1."""
-    self.errors[kv_thread()] = error
+    """For this thread, whoever else fails meanwhile; 1, also where there is no memory to keep it."""
+    try:
+        self.errors[kv_thread()] = error
+    except MemoryError:
+        pass
     return 1
 
 
-cdef int refuse_closed(Copier self) noexcept with gil:
-    return keep_error(self, ValueError("the arena is closed"))
+cdef void refuse_closed(Copier self) noexcept with gil:
+    keep_error(self, ValueError("the arena is closed"))
 
 
-cdef int refuse_move(Copier self, const move_t *bad) noexcept with gil:
-    return keep_error(self, ValueError(
+cdef void refuse_move(Copier self, const move_t *bad) noexcept with gil:
+    keep_error(self, ValueError(
         f"a move of {bad.blocks} blocks from {bad.source} to {bad.destination} leaves the arena, "
         f"which has {self.num_blocks}"
     ))
 
 
-cdef int refuse_sources(Copier self, Sources sources, int64_t layer) noexcept with gil:
-    return keep_error(self, ValueError(
+cdef void refuse_sources(Copier self, Sources sources, int64_t layer) noexcept with gil:
+    keep_error(self, ValueError(
         f"sources of layer {sources.layer}, or of another arena, were given for layer {layer}"
     ))
 
 
-cdef int refuse_span(Copier self, Sources sources, const span_t *bad) noexcept with gil:
-    return keep_error(self, ValueError(
+cdef void refuse_span(Copier self, Sources sources, const span_t *bad) noexcept with gil:
+    keep_error(self, ValueError(
         f"{bad.count} rows from {bad.row} of {sources.rows} do not fit into slots from {bad.slot} "
         f"of {self.num_blocks * self.block_size}"
     ))
@@ -398,7 +407,8 @@ cdef class Copier:
 
     cdef object take_error(self):
         """What this thread's last failed call raised."""
-        return self.errors.pop(kv_thread(), None) or KVCacheError("the arena could not move or write")
+        error = self.errors.pop(kv_thread(), None)
+        return KVCacheError("the arena could not move or write") if error is None else error
 
     def move(self, moves):
         """Copy runs of blocks, ``(source, destination, blocks)`` each, one after another in every plane.

@@ -93,9 +93,9 @@ cdef object counts_array(object counts, int64_t size):
     """One int32 count per member."""
     if isinstance(counts, (str, bytes)) or not hasattr(counts, "__len__"):
         return np.full(size, min(as_count(counts, "counts", 0), 2**31 - 1), np.int32)
-    if len(counts) != size:
-        raise ValueError(f"{len(counts)} counts for {size} members")
-    items = counts.tolist() if isinstance(counts, np.ndarray) else counts
+    items = list(counts.tolist() if isinstance(counts, np.ndarray) else counts)  # ours: it does not change
+    if len(items) != size:
+        raise ValueError(f"{len(items)} counts for {size} members")
     return np.array([min(as_count(count, "counts", 0), 2**31 - 1) for count in items], np.int32)
 
 

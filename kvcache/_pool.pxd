@@ -27,6 +27,7 @@ ctypedef enum status_t:
 ctypedef struct holder_t:
     uintptr_t thread
     int64_t depth
+    bint brief              # only while bytes are copied
 
 ctypedef struct extent_t:
     int32_t start
@@ -52,6 +53,7 @@ ctypedef struct pool_t:
     int64_t vacancies       # how many there are
     int64_t num_marks       # written prefixes that a sequence has (one per layer)
     int32_t *marks          # [places * num_marks] tokens written, from the first on
+    extent_t *written       # [places * num_marks] from the first token ever written to the last, for holds
     extent_t *limbo         # blocks freed under a hold; theirs again when the last one ends
     int64_t num_limbo
     int64_t limbo_capacity
@@ -61,6 +63,7 @@ ctypedef struct pool_t:
     int64_t kept_capacity
     holder_t *holders       # threads that hold
     int64_t num_holders
+    int64_t num_brief       # of these: brief ones
     int64_t holder_capacity
     int64_t waiting         # calls that wait for the last hold to end
     spans_t spans           # of the write in hand
@@ -136,9 +139,11 @@ cdef inline int64_t may_move(const pool_t *pool) noexcept nogil:
     """Used tokens that the call in hand may still move."""
     return max(pool.most_moved - pool.pause, <int64_t>0) if pool.most_moved >= 0 else INT64_MAX
 
-cdef inline bint overwrites_held(const pool_t *pool, int32_t who, int64_t mark, int64_t start) noexcept nogil:
-    """Whether a write from position `start` on would overwrite what has been written, beneath a hold."""
-    return pool.num_holders > 0 and start < pool.marks[who * pool.num_marks + mark]
+cdef inline bint overwrites_held(const pool_t *pool, int32_t who, int64_t mark, int64_t start,
+                                 int64_t count) noexcept nogil:
+    """Whether a write of positions [start, start + count) would overwrite what has been written, beneath a hold."""
+    cdef const extent_t *written = &pool.written[who * pool.num_marks + mark]
+    return pool.num_holders > 0 and start < written.start + written.length and start + count > written.start
 
 cdef inline void note_peak(pool_t *pool) noexcept nogil:
     pool.peak_used = max(pool.peak_used, used_blocks(pool))
@@ -155,6 +160,7 @@ cdef void vacate(pool_t *pool, int32_t who) noexcept nogil
 cdef handle_t enter(pool_t *pool, int64_t tokens, int64_t limit) noexcept nogil
 cdef void leave(pool_t *pool, int32_t who) noexcept nogil
 cdef void refresh(pool_t *pool, int32_t who) noexcept nogil
+cdef void copy_table(const pool_t *pool, int32_t who, int64_t count, int32_t *table) noexcept nogil
 cdef int64_t committed_tokens(const pool_t *pool, int32_t who) noexcept nogil
 cdef void give_back(pool_t *pool, int64_t start, int64_t length) noexcept nogil
 cdef void end_of_holds(pool_t *pool) noexcept nogil

@@ -40,6 +40,7 @@ cdef void pool_destroy(pool_t *pool) noexcept nogil:
     free(pool.refs)
     free(pool.writers)
     free(pool.marks)
+    free(pool.written)
     free(pool.limbo)
     free(pool.kept)
     free(pool.spans.items)
@@ -67,6 +68,7 @@ cdef int add_places(pool_t *pool) noexcept nogil:
     cdef void *hot = realloc(pool.space.hot, places * sizeof(hot_t))
     cdef void *seqs
     cdef void *marks
+    cdef void *written
     if hot == NULL:
         return -1
     pool.space.hot = <hot_t *>hot
@@ -78,6 +80,10 @@ cdef int add_places(pool_t *pool) noexcept nogil:
     if marks == NULL:
         return -1
     pool.marks = <int32_t *>marks
+    written = realloc(pool.written, max(places * pool.num_marks, <int64_t>1) * sizeof(extent_t))
+    if written == NULL:
+        return -1
+    pool.written = <extent_t *>written
     if plan_reserve(&pool.space.plan, places + 1):  # every sequence may move, and a fork be copied
         return -1
     memset(&pool.space.hot[pool.places], 0, (places - pool.places) * sizeof(hot_t))
@@ -139,6 +145,7 @@ cdef handle_t enter(pool_t *pool, int64_t tokens, int64_t limit) noexcept nogil:
     hot.tokens = <int32_t>tokens
     seq.limit = <int32_t>limit
     memset(&pool.marks[who * pool.num_marks], 0, pool.num_marks * sizeof(int32_t))
+    memset(&pool.written[who * pool.num_marks], 0, pool.num_marks * sizeof(extent_t))
     pool.space.live += 1
     return <handle_t>hot.generation << 32 | <handle_t>who
 
@@ -175,6 +182,19 @@ cdef int64_t slot_in_runs(const pool_t *pool, int32_t who, int64_t position) noe
     while block >= <int64_t>pool.space.seqs[who].before + pool.space.seqs[who].blocks:
         who = pool.space.seqs[who].next_run
     return (pool.space.seqs[who].start + block - pool.space.seqs[who].before) * size + position % size
+
+
+cdef void copy_table(const pool_t *pool, int32_t who, int64_t count, int32_t *table) noexcept nogil:
+    """The first `count` blocks of a sequence, in token order."""
+    cdef const seq_t *run = &pool.space.seqs[who]
+    cdef int64_t index
+    for index in range(count):
+        if pool.paged:
+            table[index] = run.table[index]
+            continue
+        if index == run.before + run.blocks:
+            run = &pool.space.seqs[run.next_run]
+        table[index] = <int32_t>(run.start + index - run.before)
 
 
 cdef int64_t committed_tokens(const pool_t *pool, int32_t who) noexcept nogil:
@@ -231,6 +251,7 @@ cdef status_t release_mine(pool_t *pool) noexcept nogil:
     mine.depth -= 1
     if mine.depth == 0:
         pool.num_holders -= 1
+        pool.num_brief -= mine.brief
         mine[0] = pool.holders[pool.num_holders]
         if pool.num_holders == 0:
             end_of_holds(pool)
@@ -244,7 +265,9 @@ cdef int reserve_for_holds(pool_t *pool, int64_t blocks) noexcept nogil:
         return 0
     if reserve_extents(&pool.kept, &pool.kept_capacity, pool.num_kept + blocks + 1):
         return -1
-    return reserve_extents(&pool.limbo, &pool.limbo_capacity, pool.num_limbo + (blocks if pool.paged else 1))
+    if not pool.paged:
+        blocks = min(blocks, pool.space.further + 1)  # a run is one entry
+    return reserve_extents(&pool.limbo, &pool.limbo_capacity, pool.num_limbo + blocks)
 
 
 cdef int reserve_extents(extent_t **extents, int64_t *capacity, int64_t entries) noexcept nogil:

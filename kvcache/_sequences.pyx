@@ -25,6 +25,7 @@ from kvcache._pool cimport (
     ceil_div,
     committed_tokens,
     enter,
+    extent_t,
     find_room,
     handle_t,
     is_live,
@@ -131,7 +132,7 @@ cdef status_t carry_out(pool_t *pool) noexcept nogil:
 cdef void enter_moves(pool_t *pool) noexcept nogil:
     cdef plan_t *plan = &pool.space.plan
     cdef int64_t index
-    cdef int32_t head
+    cdef int32_t head, joined = NOWHERE
     settle(&pool.space)
     pool.moves += plan.count
     pool.moved_tokens += plan.tokens
@@ -139,8 +140,9 @@ cdef void enter_moves(pool_t *pool) noexcept nogil:
     pool.longest_pause = max(pool.longest_pause, pool.pause)
     for index in range(plan.count if pool.space.further else 0):
         head = pool.space.seqs[plan.who[index]].head  # also of a run that has just been joined to another
-        if pool.space.seqs[head].breaks:
+        if head != joined and pool.space.seqs[head].breaks:  # one chain is walked once, not for each of its runs
             join_runs(pool, head)
+            joined = head
 
 
 # ---- admission
@@ -250,9 +252,9 @@ cdef status_t append(pool_t *pool, int32_t who, int64_t count, bint patient) noe
     if count == 0:
         return OK
     if hot.tokens + count > hot.soft:
-        if tail_is_kept(pool, who):
-            return HELD
         need = ceil_div(hot.tokens + count, pool.space.block_size) - held(seq)
+        if tail_is_kept(pool, who):
+            return NO_ROOM if find_room(pool, need) == NO_ROOM else HELD
         status = grow_paged(pool, who, need, patient) if pool.paged else grow_run(pool, who, need, patient)
         if status != OK:
             return status
@@ -391,6 +393,7 @@ cdef status_t cut(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil:
     seq.version += 1
     hot.tokens = <int32_t>tokens
     lower_marks(pool, who, tokens)
+    forget_written(pool, who, tokens)
     refresh(pool, who)
     pool.changes += 1
     return OK
@@ -428,6 +431,7 @@ cdef void raise_marks(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil:
     cdef int64_t mark
     for mark in range(pool.num_marks):
         marks[mark] = max(marks[mark], <int32_t>tokens)
+        note_written(pool, who, mark, 0, tokens)
 
 
 cdef void lower_marks(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil:
@@ -437,6 +441,27 @@ cdef void lower_marks(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil:
         marks[mark] = min(marks[mark], <int32_t>tokens)
 
 
+cdef void note_written(pool_t *pool, int32_t who, int64_t mark, int64_t start, int64_t count) noexcept nogil:
+    """What a hold keeps from being overwritten, whatever becomes of the prefixes."""
+    cdef extent_t *written = &pool.written[who * pool.num_marks + mark]
+    cdef int64_t end = start + count
+    if count == 0:
+        return
+    if written.length:
+        end = max(end, <int64_t>written.start + written.length)
+        start = min(start, <int64_t>written.start)
+    written[0] = extent_t(start=<int32_t>start, length=<int32_t>(end - start))
+
+
+cdef void forget_written(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil:
+    """Of what has been written only the first `tokens` tokens are left."""
+    cdef extent_t *written = &pool.written[who * pool.num_marks]
+    cdef int64_t mark
+    for mark in range(pool.num_marks):
+        written[mark].length = <int32_t>max(min(<int64_t>written[mark].length, tokens - written[mark].start),
+                                            <int64_t>0)
+
+
 cdef void mark_written(pool_t *pool, int32_t who, int64_t mark, int64_t start, int64_t count) noexcept nogil:
     """A write below what is committed lowers every prefix to there; one that begins in its own prefix extends it."""
     cdef int32_t *written = &pool.marks[who * pool.num_marks + mark]
@@ -444,6 +469,7 @@ cdef void mark_written(pool_t *pool, int32_t who, int64_t mark, int64_t start, i
         lower_marks(pool, who, start)
     if start <= written[0]:
         written[0] = max(written[0], <int32_t>(start + count))
+    note_written(pool, who, mark, start, count)
 
 
 # ---- forks
@@ -474,6 +500,8 @@ cdef void enter_twin(pool_t *pool, int32_t who, handle_t *child) noexcept nogil:
     child[0] = enter(pool, pool.space.hot[who].tokens, pool.space.seqs[who].limit)
     memcpy(&pool.marks[place_of(child[0]) * pool.num_marks], &pool.marks[who * pool.num_marks],
            pool.num_marks * sizeof(int32_t))
+    memcpy(&pool.written[place_of(child[0]) * pool.num_marks], &pool.written[who * pool.num_marks],
+           pool.num_marks * sizeof(extent_t))
 
 
 cdef void finish_twin(pool_t *pool, int32_t who, int32_t twin, int64_t claim) noexcept nogil:

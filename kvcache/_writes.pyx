@@ -6,6 +6,7 @@ from libc.stdlib cimport realloc
 from kvcache._copy cimport Copier, Sources, copier_write
 from kvcache._lock cimport kv_lock_runs_python
 from kvcache._moves cimport span_t
+from kvcache._placement cimport seq_t
 from kvcache._pool cimport MOVE_FAILED, NO_MEMORY, OK, ceil_div, pool_t, slot_of, spans_t, status_t
 from kvcache._sharing cimport own_blocks, unwish_copies, wish_copies, wish_t
 
@@ -24,18 +25,35 @@ cdef status_t own_and_span(pool_t *pool, spans_t *spans, int32_t who, int64_t st
     """Copies shared blocks beneath positions [start, start + count), then enters their slots for rows from `row` on."""
     cdef int64_t size = pool.space.block_size
     cdef int64_t first = start // size, last = ceil_div(start + count, size)
-    cdef int64_t position = start, end = start + count
+    cdef int64_t position = start, end, slot
+    cdef int32_t run = who
     cdef status_t status = own_blocks(pool, who, first, last, True) if pool.paged else OK
     if status != OK:
         return status
     if reserve_spans(spans, last - first):
         return NO_MEMORY
-    while position < start + count:  # a run is one span, scattered blocks are one each
-        if pool.paged or pool.space.seqs[who].breaks:
-            end = min(start + count, (position // size + 1) * size)
-        enter_span(spans, row + position - start, slot_of(pool, who, position), end - position)
+    while position < start + count:  # a run is one span, a block of a table is one
+        if pool.paged:
+            end, slot = (position // size + 1) * size, slot_of(pool, who, position)
+        else:
+            while position >= run_end(pool, run):
+                run = pool.space.seqs[run].next_run
+            end, slot = run_end(pool, run), slot_in_run(pool, run, position)
+        end = min(end, start + count)
+        enter_span(spans, row + position - start, slot, end - position)
         position = end
     return OK
+
+
+cdef inline int64_t run_end(const pool_t *pool, int32_t run) noexcept nogil:
+    """The first position of a sequence beyond this run of it."""
+    cdef const seq_t *seq = &pool.space.seqs[run]
+    return (seq.before + seq.blocks) * pool.space.block_size
+
+
+cdef inline int64_t slot_in_run(const pool_t *pool, int32_t run, int64_t position) noexcept nogil:
+    cdef const seq_t *seq = &pool.space.seqs[run]
+    return (seq.start - seq.before) * pool.space.block_size + position
 
 
 cdef int reserve_spans(spans_t *spans, int64_t more) noexcept nogil:

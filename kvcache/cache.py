@@ -177,7 +177,7 @@ class KVCache(CacheCore):
             raise ValueError(
                 f"{request_id!r} is scattered over several runs of blocks: a view of it is a copy"
             )
-        with self.hold():  # the bytes stay where they are while they are copied
+        with self._hold_briefly():  # the bytes stay where they are while they are copied
             return self._copies(request_id, layer, indices)
 
     def _copies(self, request_id, layer, indices):
@@ -208,7 +208,7 @@ class KVCache(CacheCore):
             A shared block would have to be copied first, and no block is unclaimed. Nothing has been written.
         """
         self._require_open()
-        self._checked(layer)
+        layer = self._checked(layer)
         sources = self.arena.sources(layer, planes, rows_axis=1)
         sources.overwrites = True
         self.arena.note_stream()
@@ -297,7 +297,7 @@ class DecodeBatch(BatchCore):
         """
         cache = self.cache
         cache._require_open()
-        cache._checked(layer)
+        layer = cache._checked(layer)
         sources = cache.arena.sources(layer, planes, rows_axis=0)
         cache.arena.note_stream()
         self._write_rows(sources, layer)

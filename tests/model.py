@@ -41,10 +41,22 @@ class Sequence:
     blocks: tuple[Block, ...]
     rows: tuple[tuple, ...]
     written: tuple[int, ...]  # per layer: the prefix that has been written or committed
+    touched: tuple[tuple[int, int], ...]  # per layer: from the first position ever written up to the last
 
     @property
     def committed(self):
         return min(self.written)
+
+
+def joined(span, first, end):
+    """The positions from the first of either to the last."""
+    if first == end or span[0] == span[1]:
+        return span if first == end else (first, end)
+    return min(span[0], first), max(span[1], end)
+
+
+def overlap(span, first, end):
+    return first < span[1] and span[0] < end and first < end
 
 
 class Model:
@@ -244,7 +256,8 @@ class Model:
             return TOO_LARGE
         blocks = tuple(Block() for _ in range(self.blocks_for(prompt)))
         rows = ((None,) * prompt,) * self.num_layers
-        newcomer = Sequence(self.serial + 1, prompt, limit, blocks, rows, (0,) * self.num_layers)
+        unwritten = (0,) * self.num_layers, ((0, 0),) * self.num_layers
+        newcomer = Sequence(self.serial + 1, prompt, limit, blocks, rows, *unwritten)
         verdict = self.attempt({**self.sequences, request_id: newcomer}, self.has_gap(len(blocks)))
         self.serial += verdict is GRANTED
         return verdict
@@ -266,18 +279,21 @@ class Model:
         if sequence.tokens + count > sequence.limit:
             return REFUSED
         blocks = list(sequence.blocks)
-        copied = 0
+        copied, waits = 0, False
         if sequence.tokens % self.block_size and self.is_shared(blocks[-1]):
             blocks[-1] = Block()
             copied = sequence.tokens % self.block_size
-        elif blocks and self.overwrites_kept(sequence, blocks[-1], count):
-            return HELD
+        elif blocks:
+            waits = self.overwrites_kept(sequence, blocks[-1], count)
         more = self.blocks_for(sequence.tokens + count) - len(blocks)
         in_place = self.has_room_after(sequence, more)
         blocks += [Block() for _ in range(more)]
         rows = tuple(layer + (None,) * count for layer in sequence.rows)
         grown = replace(sequence, tokens=sequence.tokens + count, blocks=tuple(blocks), rows=rows)
-        verdict = self.attempt({**self.sequences, request_id: grown}, in_place)
+        after = {**self.sequences, request_id: grown}
+        if waits:
+            return REFUSED if self.verdict(after) is REFUSED else HELD
+        verdict = self.attempt(after, in_place)
         if verdict is GRANTED:
             self.copied_tokens += copied
             if self.holds and not self.paged and sequence.blocks:
@@ -293,6 +309,7 @@ class Model:
             blocks=sequence.blocks[: self.blocks_for(tokens)],
             rows=tuple(layer[:tokens] for layer in sequence.rows),
             written=tuple(min(mark, tokens) for mark in sequence.written),
+            touched=tuple((min(first, tokens), min(end, tokens)) for first, end in sequence.touched),
         )
         return self.attempt({**self.sequences, request_id: cut})
 
@@ -311,7 +328,8 @@ class Model:
         sequence = self.sequences[request_id]
         tokens = sequence.tokens if tokens is None else tokens
         written = tuple(max(mark, tokens) for mark in sequence.written)
-        self.sequences[request_id] = replace(sequence, written=written)
+        touched = tuple(joined(span, 0, tokens) for span in sequence.touched)
+        self.sequences[request_id] = replace(sequence, written=written, touched=touched)
 
     def write(self, request_id, layer, rows, start=None):
         """Writes `rows`, one tuple of plane rows per token; a refusal stands for `CacheFull`."""
@@ -322,7 +340,7 @@ class Model:
     def write_many(self, writes):
         """Writes all or nothing: entries are (request_id, layer, start, rows)."""
         if self.holds and any(
-            rows and start < self.sequences[request_id].written[layer]
+            overlap(self.sequences[request_id].touched[layer], start, start + len(rows))
             for request_id, layer, start, rows in writes
         ):
             return HELD
@@ -350,7 +368,10 @@ class Model:
             marks = [min(mark, start) for mark in marks]
         if start <= marks[layer]:
             marks[layer] = max(marks[layer], end)
-        return replace(sequence, blocks=tuple(blocks), rows=tuple(layers), written=tuple(marks)), copied
+        touched = list(sequence.touched)
+        touched[layer] = joined(touched[layer], start, end)
+        made = {"rows": tuple(layers), "written": tuple(marks), "touched": tuple(touched)}
+        return replace(sequence, blocks=tuple(blocks), **made), copied
 
     def set_row(self, request_id, layer, position, row):
         """A row written through a view, of which the cache knows nothing."""

@@ -308,6 +308,29 @@ def test_counts_that_are_wrong_are_a_value_error(cache, counts):
             call()
 
 
+class Shrinking:
+    """A sequence that has fewer items than it says."""
+
+    def __len__(self):
+        return 2
+
+    def __iter__(self):
+        return iter([1])
+
+
+class ShrinkingArray(np.ndarray):
+    def tolist(self):
+        return [1]
+
+
+@pytest.mark.parametrize("counts", [Shrinking(), np.ones(2, np.int32).view(ShrinkingArray)])
+def test_there_are_as_many_counts_as_there_turn_out_to_be(cache, counts):
+    batch = cache.batch(["a", "b"])
+    for call in (lambda: batch.append(counts=counts), lambda: batch.truncate(counts)):
+        with unchanged(cache), pytest.raises(ValueError, match="1 counts for 2 members"):
+            call()
+
+
 @pytest.mark.parametrize(
     "counts", [True, 1.0, "1", [1, True], [1, 1.0], np.array([1.0, 1.0]), np.array([True, True])]
 )

@@ -1,5 +1,6 @@
 """One batch, whoever calls it: several threads, ids that call back, a cache that has been closed, members that died."""
 
+import itertools
 import threading
 import time
 
@@ -127,6 +128,26 @@ def test_an_id_whose_hash_uses_the_cache_joins_a_batch(make_cache):
     assert batch.lengths.tolist() == [4, 3]
 
 
+def test_a_member_that_an_inconstant_hash_lets_in_twice_is_not_cut_to_less_than_nothing(make_cache):
+    class Inconstant:
+        hashes = None
+
+        def __hash__(self):
+            return next(self.hashes) if self.hashes else 7
+
+    cache = make_cache()
+    member = Inconstant()
+    cache.allocate_for(member, 5)
+    batch = cache.batch([member])
+    member.hashes = itertools.cycle([7, 8, 8])  # found in the cache, not in the batch
+    batch.add(member)
+    member.hashes = None
+    assert len(batch) == 2
+    batch.truncate(3)
+    assert cache.used_tokens(member) == 0
+    cache.check()
+
+
 # ---- made by halves
 
 
@@ -168,6 +189,22 @@ def test_a_batch_is_made_once(make_cache):
     with pytest.raises(KVCacheError, match="made once"):
         batch.__init__(cache, [])
     assert list(batch) == ["a"]
+
+
+def test_a_batch_is_not_made_while_it_is_being_made(make_cache):
+    cache = make_cache()
+    for name in "abc":
+        cache.allocate_for(name, 3)
+    batch = DecodeBatch.__new__(DecodeBatch)
+
+    def members():
+        yield "a"
+        pytest.raises(KVCacheError, batch.__init__, cache, ["b"]).match("made once")
+        pytest.raises(KVCacheError, batch.append).match("has not been called")
+        yield "c"
+
+    batch.__init__(cache, members())
+    assert list(batch) == ["a", "c"] and batch.lengths.tolist() == [3, 3]
 
 
 # ---- after close

@@ -163,6 +163,41 @@ def test_other_threads_go_on_while_one_waits(make_cache):
     assert late.result()
 
 
+@BOTH
+def test_a_copy_of_a_view_goes_on_while_one_waits_for_a_hold(make_cache, placement):
+    cache = with_written(make_cache, placement)
+    cache.allocate_for("b", 40)
+    with cache.hold():
+        cache.free_for("b")
+        late = Elsewhere(lambda: cache.allocate_for("c", 40))
+        assert late.waits(0.05)
+        copy = Elsewhere(lambda: cache.get_k_view("a", 0, copy=True))
+        assert np.array_equal(copy.result(), values(7, 0))
+        assert late.waits(0.05)
+    assert late.result()
+
+
+def test_copies_one_after_another_starve_nobody_who_waits(make_cache):
+    cache = with_written(make_cache, "paged")
+    cache.allocate_for("b", 40)
+    stop = threading.Event()
+
+    def copy_again_and_again():
+        while not stop.is_set():
+            cache.get_k_view("a", 0, copy=True)
+
+    copying = [Elsewhere(copy_again_and_again) for _ in range(3)]
+    with cache.hold():
+        cache.free_for("b")
+        late = Elsewhere(lambda: cache.allocate_for("c", 40))
+        assert late.waits(0.05)
+    granted = late.result()
+    stop.set()
+    for copier in copying:
+        copier.result()
+    assert granted
+
+
 def test_holds_nest(make_cache):
     cache = make_cache()
     cache.allocate_for("a", 40)
@@ -313,6 +348,18 @@ def test_what_is_cut_inside_a_block_is_not_written_again_under_a_hold(make_cache
 
 
 @BOTH
+def test_an_append_that_would_fit_after_no_hold_does_not_wait_for_one(make_cache, placement):
+    cache = with_written(make_cache, placement)
+    cache.allocate_for("b", 56)
+    with cache.hold():
+        cache.truncate("a", 5)
+        with unchanged(cache):
+            assert cache.append_tokens("a", 12) is False
+            assert cache.batch(["a"]).append(counts=12).tolist() == [False]
+            pytest.raises(CacheHeld, cache.append_tokens, "a", 3)
+
+
+@BOTH
 def test_a_thread_that_would_write_over_what_is_cut_waits_for_the_hold(make_cache, placement):
     cache = with_written(make_cache, placement)
     with cache.hold():
@@ -341,6 +388,63 @@ def test_what_has_been_written_is_not_overwritten_under_a_hold(make_cache, place
     assert (cache.get_k_view("a", 0)[:, 3] == 50).all()
 
 
+@BOTH
+def test_a_layer_whose_prefix_another_layer_lowered_is_not_overwritten_under_a_hold(make_cache, placement):
+    cache = with_written(make_cache, placement)
+    cache.write("a", 0, values(7, 50), values(7, 50), start=0)
+    with cache.hold():
+        seen = cache.get_k_view("a", 1)
+        with unchanged(cache):
+            pytest.raises(CacheHeld, cache.write, "a", 1, values(2, 50), values(2, 50), start=3)
+        assert np.array_equal(seen, values(7, 0))
+
+
+@BOTH
+def test_what_was_written_beyond_a_gap_is_not_overwritten_under_a_hold(make_cache, placement):
+    cache = make_cache(placement=placement, overcommit=2.0)
+    cache.allocate_for("a", 8, max_tokens=12)
+    cache.write("a", 0, values(3, 5), values(3, 5), start=5)
+    with cache.hold():
+        with unchanged(cache):
+            pytest.raises(CacheHeld, cache.write, "a", 0, values(1, 0), values(1, 0), start=6)
+            pytest.raises(CacheHeld, cache.write, "a", 0, values(6, 0), values(6, 0), start=0)
+        cache.write("a", 0, values(5, 0), values(5, 0), start=0)  # the gap
+        assert np.array_equal(cache.get_k_view("a", 0), values(8, 0))
+    cache.truncate("a", 6)
+    cache.append_tokens("a", 6)
+    with cache.hold():
+        with unchanged(cache):
+            pytest.raises(CacheHeld, cache.write, "a", 0, values(7, 5), values(7, 5), start=5)
+        cache.write("a", 0, values(6, 6), values(6, 6), start=6)
+
+
+@BOTH
+def test_what_a_fork_has_of_its_parent_is_not_overwritten_under_a_hold(make_cache, placement):
+    cache = with_written(make_cache, placement)
+    cache.fork("a", "b")
+    with cache.hold(), unchanged(cache):
+        pytest.raises(CacheHeld, cache.write, "b", 0, values(2, 50), values(2, 50), start=3)
+
+
+def test_a_layer_is_read_as_an_int_once(make_cache):
+    class Layer:
+        def __init__(self):
+            self.answers = iter([1])
+
+        def __index__(self):
+            return next(self.answers)
+
+    cache = with_written(make_cache, "contiguous")
+    batch = cache.batch(["a"])
+    batch.append()
+    rows = np.ones((1, 2, 4), np.float32)
+    with cache.hold():
+        batch.write(Layer(), rows, rows)
+        cache.write("a", 0, values(1, 7), values(1, 7))
+    cache.write("a", Layer(), values(1, 9), values(1, 9))
+    assert (cache.get_k_view("a", 1)[:, 7] == 9).all()
+
+
 def test_a_shared_block_that_its_other_holder_leaves_under_a_hold_keeps_its_content(make_cache):
     cache = with_written(make_cache, "paged")
     cache.fork("a", "b")
@@ -353,6 +457,16 @@ def test_a_shared_block_that_its_other_holder_leaves_under_a_hold_keeps_its_cont
             pytest.raises(CacheHeld, cache.append_token, "b")
         assert np.array_equal(seen, before)
     assert cache.append_token("b")
+
+
+def test_a_member_whose_copy_keeps_more_than_another_has_is_seen_before_it_is_copied(make_cache):
+    cache = with_written(make_cache, "paged")
+    cache.fork("a", "b")
+    cache.truncate("b", 5)
+    batch = cache.batch(["a", "b"])
+    with cache.hold(), unchanged(cache):
+        pytest.raises(CacheHeld, batch.append)
+    assert batch.append().tolist() == [True, True]
 
 
 def test_a_fork_waits_for_the_step_that_still_writes_its_parent(make_cache):

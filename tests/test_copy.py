@@ -141,6 +141,19 @@ def test_what_the_graph_raises_is_raised(layers):
         copier.write(Sources(copier, 0, rows()), 0, [(0, 0, 1)])
 
 
+def test_an_error_that_counts_as_false_is_raised_as_it_is(layers):
+    class Empty(Exception):
+        def __len__(self):
+            return 0
+
+    def wait():
+        raise Empty
+
+    copier = Copier(layers, 3, wait)
+    with pytest.raises(Empty):
+        copier.move([(0, 1, 1)])
+
+
 def test_the_graph_is_not_asked_for_what_leaves_the_arena(layers):
     graph = Recorder()
     copier = Copier(layers, 3, None, graph)

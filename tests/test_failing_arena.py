@@ -134,6 +134,30 @@ def test_a_batch_that_fails_halfway_keeps_every_array_true(breakable):
         assert failures > 1
 
 
+@pytest.mark.parametrize("left_free", [1, 3])
+def test_compact_that_fails_halfway_leaves_every_sequence_as_it_was_or_will_be(breakable, left_free):
+    with KVCache(1, 2, 4, 64, 4, max_move_tokens=0, overcommit=float("inf")) as cache:
+        for name, tokens in (("a", 4), ("b", 20), ("c", 4), ("d", 4)):
+            cache.allocate_for(name, tokens, max_tokens=tokens)
+        cache.free_for("c")
+        cache.set_limit("a", 64)
+        cache.append_tokens("a", 4 * (9 - left_free))
+        for name in "abd":
+            rows = np.full((2, cache.used_tokens(name), 4), ord(name), np.float32)
+            cache.write(name, 0, rows, rows)
+        assert cache.stats().free_blocks == left_free and not cache.is_contiguous("a")
+        failures = 0
+        for patience in range(9):
+            cache.arena.hands.patience = patience
+            try:
+                cache.compact()
+            except BrokenError:
+                failures += 1
+            cache.check()
+            assert all(np.all(cache.get_k_view(name, 0) == ord(name)) for name in "abd")
+        assert failures > 2 and cache.is_contiguous("a")
+
+
 class HaltingPair(Pair):
     """Lets the arena fail in every call at some time first, and then does the call again."""
 

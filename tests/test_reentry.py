@@ -375,6 +375,23 @@ def test_what_would_wait_for_a_move_of_its_own_thread_is_told_so(comb):
         assert np.all(comb.get_k_view(number, 0) == number)
 
 
+@pytest.mark.parametrize("change", ["add", "remove", "reorder"])
+def test_a_batch_is_not_changed_in_the_middle_of_a_move(comb, change):
+    batch = comb.batch([1, 3])
+    argument = {"add": 5, "remove": 3, "reorder": [1, 0]}[change]
+    told = []
+
+    def meddle():
+        told.append(pytest.raises(CacheHeld, getattr(batch, change), argument))
+
+    comb.arena.hands.meddle = meddle
+    assert comb.allocate_for("large", 32)
+    comb.arena.hands.meddle = None
+    assert told and list(batch) == [1, 3]
+    assert batch.lengths.tolist() == [4, 4]
+    assert batch.starts.tolist() == [comb.block_table(number)[0] * 4 for number in (1, 3)]
+
+
 def test_a_finalizer_may_free_in_the_middle_of_any_move(comb, eager_collector):
     for round_ in range(50):
         name = ("owned", round_)

@@ -1,5 +1,8 @@
 """A bound on moves: what cannot be placed as one run within it is scattered, and becomes one run again."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
 from hands import HandArena, Hands
@@ -154,6 +157,21 @@ def test_a_cut_takes_further_runs_away(crowd):
     assert cache.truncate("a", 0) and cache.capacity("a") == 0
 
 
+def test_what_a_sequence_of_many_runs_costs_grows_with_them_and_no_faster(make_cache):
+    cache = make_cache(1, 1, 1, 128_000, 1, max_move_tokens=0, overcommit=float("inf"))
+    for number in range(128_000):
+        cache.allocate_for(number, 1)
+    for number in range(0, 128_000, 2):
+        cache.free_for(number)
+    rows = np.arange(32_000, dtype=np.float32).reshape(1, -1, 1)
+    begun = time.perf_counter()
+    assert cache.allocate_for("a", 32_000)
+    cache.write("a", 0, rows, rows)
+    assert np.array_equal(cache.get_k_view("a", 0), rows)
+    assert np.array_equal(cache.batch(["a"]).block_tables[0], cache.block_table("a"))
+    assert time.perf_counter() - begun < 2  # seconds; in the square of the runs it took more than ten
+
+
 def test_freeing_a_scattered_sequence_gives_all_its_blocks_back(crowd):
     cache = crowd(0)
     grow(cache, "a", 9)
@@ -258,6 +276,39 @@ def test_under_a_hold_a_move_within_the_bound_waits(crowd):
     cache = crowd(100)
     with cache.hold(), unchanged(cache):
         pytest.raises(CacheHeld, cache.append_token, "a")
+
+
+def test_each_of_the_calls_that_a_hold_kept_waiting_may_move_up_to_the_bound(make_cache):
+    cache = make_cache(max_move_tokens=4, overcommit=float("inf"))
+    for number in range(16):
+        cache.allocate_for(number, 4)
+    for number in range(0, 16, 2):
+        cache.free_for(number)
+    with cache.hold():
+        calls = [threading.Thread(target=cache.allocate_for, args=(name, 8), daemon=True) for name in "abc"]
+        for call in calls:
+            call.start()
+        time.sleep(0.2)
+        assert not any(name in cache for name in "abc")
+    for call in calls:
+        call.join(20)
+    assert all(cache.is_contiguous(name) for name in "abc")
+    assert (cache.stats().moved_tokens, cache.stats().longest_pause_tokens) == (12, 4)
+
+
+def test_every_run_of_a_scattered_sequence_waits_for_a_hold_to_end(make_cache):
+    cache = make_cache(1, 1, 4, 16384, 4, backend="none", max_move_tokens=0, overcommit=float("inf"))
+    for number in range(4096):
+        cache.allocate_for(number, 4)
+    for number in range(0, 4096, 2):
+        cache.free_for(number)
+    for name in "ab":
+        assert cache.allocate_for(name, 4000) and not cache.is_contiguous(name)
+    with cache.hold():
+        assert cache.truncate("a", 4) and cache.free_for("b")
+        assert cache.stats().free_blocks == 48
+        cache.check()
+    assert cache.stats().free_blocks == 2047
 
 
 def test_an_arena_that_fails_while_runs_are_joined_leaves_them_as_they_were(monkeypatch, make_cache):
