@@ -6,9 +6,9 @@ from libc.stdlib cimport realloc
 from kvcache._copy cimport Copier, Sources, copier_write
 from kvcache._lock cimport kv_lock_runs_python
 from kvcache._moves cimport span_t
-from kvcache._placement cimport seq_t
 from kvcache._pool cimport MOVE_FAILED, NO_MEMORY, OK, ceil_div, pool_t, slot_of, spans_t, status_t
 from kvcache._sharing cimport own_blocks, unwish_copies, wish_copies, wish_t
+from kvcache._space cimport seq_t
 
 
 cdef void wish_write(pool_t *pool, int32_t who, int64_t start, int64_t count, wish_t *wish) noexcept nogil:
