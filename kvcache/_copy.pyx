@@ -39,6 +39,7 @@ cdef extern from *:
 
 cdef extern from "_stream.h" nogil:
     void kv_stream(char *to, const char *source, size_t size)
+    void kv_stream_end()
 
 cdef enum:
     CACHED_BYTES = 1 << 25  # a call that moves more finds nothing of it in the caches afterwards
@@ -117,6 +118,7 @@ cdef void move_blocks(Copier self, const move_t *moves, int64_t count) noexcept 
                 while i < count and joined(&run, &moves[i]):
                     i += 1
                 move_run(base, &run, block_bytes, streams)
+    kv_stream_end()
 
 
 cdef void copy_items(

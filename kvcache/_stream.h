@@ -45,18 +45,20 @@ static inline void kv_stream_backwards(char *to, const char *from, size_t size) 
     memmove(to, from, size);
 }
 
-/* The ranges may overlap. */
+/* The ranges may overlap. Other threads see the bytes after kv_stream_end. */
 static inline void kv_stream(char *to, const char *from, size_t size) {
     if ((uintptr_t)to - (uintptr_t)from < size)
         kv_stream_backwards(to, from, size);
     else
         kv_stream_forwards(to, from, size);
-    _mm_sfence(); /* whoever takes the lock next sees the bytes */
 }
+
+static inline void kv_stream_end(void) { _mm_sfence(); }
 
 #else
 
 static inline void kv_stream(char *to, const char *from, size_t size) { memmove(to, from, size); }
+static inline void kv_stream_end(void) {}
 
 #endif
 
