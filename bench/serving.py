@@ -48,8 +48,8 @@ QUICK = Size(
     steps=40,
     every=20,
     cases=((3, 2),),
-    race_steps=24,
-    attend_every=8,
+    race_steps=112,
+    attend_every=28,
 )
 
 
