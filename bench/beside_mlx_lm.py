@@ -17,7 +17,8 @@ from kvcache import KVCache
 from kvcache._copy import address
 
 LONGEST = 4096  # tokens of a sequence
-KEEP_FREE = 0.05  # of the arena, in the fullest step
+KEEP_FREE = 0.05  # of the arena, in the fullest step; and for the count of moves also
+KEEP_MORE_FREE = 0.10
 SETTLE = 4  # steps before the clock counts
 
 
@@ -56,10 +57,9 @@ class Schedule:
             self.fullest = max(self.fullest, sum(map(blocks_of, tokens.values())))
             self.live_tokens = max(self.live_tokens, sum(tokens.values()))
 
-    @property
-    def arena_tokens(self):
-        """Of an arena that the fullest step fills but for `KEEP_FREE`."""
-        return math.ceil(self.fullest / (1 - KEEP_FREE)) * BLOCK
+    def arena_tokens(self, keep_free=KEEP_FREE):
+        """Of an arena of which the fullest step leaves so much free."""
+        return math.ceil(self.fullest / (1 - keep_free)) * BLOCK
 
 
 def attended(query, keys, values):
@@ -74,7 +74,7 @@ class Ours:
 
     def __init__(self, shape, schedule):
         self.layers = range(shape.layers)
-        full = (shape.layers, shape.kv_heads, shape.head_dim, schedule.arena_tokens, BLOCK)
+        full = (shape.layers, shape.kv_heads, shape.head_dim, schedule.arena_tokens(), BLOCK)
         self.cache = KVCache(*full, backend="mlx", overcommit=math.inf)
         self.batch = self.cache.batch()
 
@@ -249,12 +249,13 @@ def race(shape, sequences, steps, attend_every, tell=None):
     dict
         Bytes copied a generated token, and steps a second by the medians.
     """
-    run = Race(shape, Schedule(sequences, steps))
+    schedule = Schedule(sequences, steps)
+    run = Race(shape, schedule)
     for step in range(steps):
         attends = step % attend_every == attend_every - 1
         run.step(step, attends, check=step < 2 or step in (attend_every - 1, 2 * attend_every - 1))
-        if step == 0:
-            filling = run.ours.copied_bytes  # everybody enters at once: no step of a server
+        if step == 0:  # everybody enters at once: no step of a server
+            filling, run.growth = run.ours.copied_bytes, Growth(run.theirs)
         if tell:
             tell(step)
     run.ours.cache.check()
@@ -263,10 +264,13 @@ def race(shape, sequences, steps, attend_every, tell=None):
         "sequences": sequences,
         "layers": shape.layers,
         "steps": steps,
-        "arena_tokens": run.schedule.arena_tokens,
+        "arena_tokens": schedule.arena_tokens(),
         "arena_copies": stats.arena_copies,
         "token_bytes": shape.token_bytes,
         "ours_copied_per_token": (stats.moved_bytes - filling) / generated,
+        "ours_copied_per_token_more_free": moved_tokens(schedule, KEEP_MORE_FREE)
+        * shape.token_bytes
+        / generated,
         "theirs_copied_per_token": run.growth.seen / generated,
         "theirs_computed_per_token": run.growth.computed / generated,
     }
@@ -279,6 +283,23 @@ def race(shape, sequences, steps, attend_every, tell=None):
         found[f"{what}_ratio"] = statistics.median([b / a for a, b in zip(*both, strict=True)])
         found[f"{what}_ratio_of_sums"] = sum(both[1]) / sum(both[0])
     return found
+
+
+def moved_tokens(schedule, keep_free):
+    """What a cache without storage moves after the first step, to which the same happens in another arena."""
+    tokens = schedule.arena_tokens(keep_free)
+    cache = KVCache(1, 1, 1, tokens, BLOCK, backend="none", overcommit=math.inf)
+    batch, filling = cache.batch(), None
+    for ends, enters in zip(schedule.ends, schedule.enters, strict=True):
+        for number in ends:
+            batch.remove(number)
+            cache.free_for(number)
+        for number, prompt in enters:
+            assert cache.allocate_for(number, prompt, max_tokens=cache.spec.max_total_tokens)
+            batch.add(number)
+        assert batch.append().all()
+        filling = cache.stats().moved_tokens if filling is None else filling
+    return cache.stats().moved_tokens - filling
 
 
 def peak(side, shape, sequences, steps):

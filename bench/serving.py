@@ -1,17 +1,20 @@
 """Measures serving with real bytes: moves beside attention, and one arena beside mlx-lm's own buffers.
 
-    python bench/serving.py [--quick] [--json FILE] [--tokens N] [--only moves|mlx-lm]
+    python bench/serving.py [--quick] [--json FILE] [--tokens N] [--steps N] [--only moves|mlx-lm]
 
 Llama-3.2-1B's shape in float32, on the CPU. With `--quick` everything is small, and says nothing but that it runs.
-Ratios are of times taken in turns in one run.
+Ratios are of times taken in turns in one run. What the manual shows is in `serving.json`; `tables.py` writes it there.
 """
 
 import argparse
 import json
 import os
+import platform
+import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault(
@@ -24,6 +27,7 @@ import mlx.core as mx
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from serving_tables import MLX_LM, MOVES, cells, machine_text
 from traffic import Shape
 
 
@@ -98,50 +102,30 @@ def peak_alone(side, *numbers):
 
 
 def table(title, columns, rows):
-    """Of columns (heading, what to show of a row)."""
     made = Table(title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
-    for heading, _ in columns:
+    headings, *shown = cells(columns, rows)
+    for heading in headings:
         made.add_column(heading, justify="right")
-    for row in rows:
-        made.add_row(*[show(row) for _, show in columns])
+    for row in shown:
+        made.add_row(*row)
     return made
 
 
-MOVES_COLUMNS = (
-    ("kept free", lambda row: f"{row['keep_free']:.0%}"),
-    ("sequences", lambda row: f"{row['mean_sequences']:.1f}"),
-    ("utilisation", lambda row: f"{row['utilization']:.3f}"),
-    ("moved / attended", lambda row: f"{row['moved_over_attended']:.2%}"),
-    ("moves, ms a step", lambda row: f"{row['moves_ms']:.2f}"),
-    ("books", lambda row: f"{row['books_ms']:.3f}"),
-    ("MLX attention", lambda row: f"{row['mlx_attention_ms']:.0f}"),
-    ("NumPy attention", lambda row: f"{row['numpy_attention_ms']:.0f}"),
-    ("moves / MLX", lambda row: f"{row['moves_over_mlx_attention']:.2%}"),
-    ("moves / NumPy", lambda row: f"{row['moves_over_numpy_attention']:.2%}"),
-)
-
-MLX_LM_COLUMNS = (
-    ("sequences", lambda row: f"{row['sequences']}"),
-    ("layers", lambda row: f"{row['layers']}"),
-    ("copied a token", lambda row: f"{row['ours_copied_per_token'] / row['token_bytes']:.2f} tokens"),
-    ("mlx-lm", lambda row: f"{row['theirs_copied_per_token'] / row['token_bytes']:.2f}"),
-    ("peak", lambda row: f"{row['ours_peak_bytes'] / row['ours_live_bytes']:.2f} x"),
-    ("mlx-lm", lambda row: f"{row['theirs_peak_bytes'] / row['theirs_live_bytes']:.2f} x"),
-    ("updates a second", lambda row: f"{row['ours_update_steps_per_second']:.3g}"),
-    ("mlx-lm", lambda row: f"{row['theirs_update_steps_per_second']:.3g}"),
-    ("times", lambda row: f"{row['update_ratio']:.2f}"),
-    ("all steps", lambda row: f"{row['update_ratio_of_sums']:.2f}"),
-    ("with attention", lambda row: f"{row['ours_attend_steps_per_second']:.3g}"),
-    ("mlx-lm", lambda row: f"{row['theirs_attend_steps_per_second']:.3g}"),
-    ("times", lambda row: f"{row['attend_ratio']:.2f}"),
-)
+def machine():
+    """What the figures depend on, and nothing that names the machine."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
+    found = {"cpu": names[0] if names else platform.machine(), "cores": os.cpu_count()}
+    return found | {name: version(name) for name in ("numpy", "mlx", "mlx-lm")}
 
 
 def parsed():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="small: to see that it runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found")
-    parser.add_argument("--only", choices=("moves", "mlx-lm"), help="one of the two parts")
+    parser.add_argument(
+        "--only", choices=("moves", "mlx-lm"), help="one of the two parts; the other stays in the file"
+    )
     parser.add_argument("--tokens", type=int, help="of the arena beside attention (default: 32768, 2 GiB)")
     parser.add_argument("--steps", type=int, help="that are measured beside attention (default: 1000)")
     parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
@@ -160,19 +144,23 @@ def main():
         side, (sequences, layers, steps) = chosen.peak[0], map(int, chosen.peak[1:])
         print(json.dumps(beside_mlx_lm.peak(side, Shape(layers=layers), sequences, steps)))
         return
-    size, found = sized(chosen), {}
-    console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
+    size, found = sized(chosen), {"machine": machine()}
     with mx.stream(mx.cpu), Progress(console=Console(stderr=True), transient=True) as progress:
         if chosen.only != "mlx-lm":
             found["moves"] = moves_beside_attention(size, progress)
         if chosen.only != "moves":
             found["mlx_lm"] = arena_beside_mlx_lm(size, progress)
-    if "moves" in found:
-        console.print(table("What moves cost beside attention", MOVES_COLUMNS, found["moves"]), "")
-    if "mlx_lm" in found:
-        console.print(table("Beside mlx-lm's own buffers", MLX_LM_COLUMNS, found["mlx_lm"]))
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console.print(machine_text(found["machine"]), "")
+    for part, title, columns in (
+        ("moves", "What moves cost beside attention", MOVES),
+        ("mlx_lm", "Beside mlx-lm's own buffers", MLX_LM),
+    ):
+        if part in found:
+            console.print(table(title, columns, found[part]), "")
     if chosen.json:
-        chosen.json.write_text(json.dumps({"size": asdict(size), **found}, indent=1) + "\n", encoding="utf-8")
+        kept = json.loads(chosen.json.read_text()) if chosen.only and chosen.json.exists() else {}
+        chosen.json.write_text(json.dumps(kept | found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
