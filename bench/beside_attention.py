@@ -194,7 +194,7 @@ def measure(shape, tokens, keep_free, steps, every, seed=0, tell=None):
         Of the arena.
     keep_free : float
     steps, every : int
-        Attention is computed in every so-manieth step.
+        Attention is computed in one step in `every`.
     tell : callable, optional
         Called with each step's number.
 
@@ -221,10 +221,10 @@ def measure(shape, tokens, keep_free, steps, every, seed=0, tell=None):
     after = server.real.cache.stats()
     server.verify()
     server.real.cache.check()
-    calls, books = server.real.seconds / steps * 1e3, server.books.seconds / steps * 1e3
-    in_mlx, in_numpy = (float(np.mean(each)) * 1e3 for each in (sample.mlx, sample.numpy))
     return {
         "keep_free": keep_free,
+        "tokens": tokens,
+        "layers": shape.layers,
         "steps": steps,
         "sampled_steps": len(sample.mlx),
         "mean_sequences": sequences / steps,
@@ -232,6 +232,15 @@ def measure(shape, tokens, keep_free, steps, every, seed=0, tell=None):
         "moves": after.moves - before.moves,
         "moved_bytes": after.moved_bytes - before.moved_bytes,
         "moved_over_attended": (after.moved_tokens - before.moved_tokens) / attended,
+        **times(server, sample, steps),
+    }
+
+
+def times(server, sample, steps):
+    """Milliseconds a step, and what share of attention moves are."""
+    calls, books = server.real.seconds / steps * 1e3, server.books.seconds / steps * 1e3
+    in_mlx, in_numpy = (float(np.mean(each)) * 1e3 for each in (sample.mlx, sample.numpy))
+    return {
         "calls_ms": calls,
         "books_ms": books,
         "moves_ms": calls - books,

@@ -240,7 +240,7 @@ def race(shape, sequences, steps, attend_every, tell=None):
     shape : Shape
     sequences, steps : int
     attend_every : int
-        In every so-manieth step attention is computed too; the others update the caches only.
+        Attention is computed too in one step in so many; the others update the caches only.
     tell : callable, optional
         Called with each step's number.
 
@@ -260,7 +260,7 @@ def race(shape, sequences, steps, attend_every, tell=None):
             tell(step)
     run.ours.cache.check()
     generated, stats = sequences * (steps - 1), run.ours.cache.stats()
-    found = {
+    return {
         "sequences": sequences,
         "layers": shape.layers,
         "steps": steps,
@@ -273,13 +273,16 @@ def race(shape, sequences, steps, attend_every, tell=None):
         / generated,
         "theirs_copied_per_token": run.growth.seen / generated,
         "theirs_computed_per_token": run.growth.computed / generated,
+        **rates(run.seconds),
     }
-    for what, both in run.seconds.items():
-        ours, theirs = (statistics.median(each) for each in both)
-        found[f"ours_{what}_steps_per_second"], found[f"theirs_{what}_steps_per_second"] = (
-            1 / ours,
-            1 / theirs,
-        )
+
+
+def rates(seconds):
+    """Steps a second by the medians, and how many times as many ours are."""
+    found = {}
+    for what, both in seconds.items():
+        for side, each in zip(("ours", "theirs"), both, strict=True):
+            found[f"{side}_{what}_steps_per_second"] = 1 / statistics.median(each)
         found[f"{what}_ratio"] = statistics.median([b / a for a, b in zip(*both, strict=True)])
         found[f"{what}_ratio_of_sums"] = sum(both[1]) / sum(both[0])
     return found
