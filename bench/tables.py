@@ -1,4 +1,4 @@
-"""Writes the tables of docs/performance.md from `baseline.json`: the manual shows what was measured last.
+"""Writes the tables of docs/performance.md from what was measured last: `baseline.json` and `serving.json`.
 
     python bench/tables.py [--check]
 
@@ -11,9 +11,11 @@ import re
 import sys
 from pathlib import Path
 
+import serving_tables
 from compare import BASELINE, three_digits
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+SERVING = BASELINE.with_name("serving.json")
 SECTION = re.compile(r"(<!-- measured: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 HEADINGS = ("", "median", "least", "p99", "in floors", "at most", "met", "counted")
 
@@ -83,10 +85,24 @@ def page_of(text, baseline):
 
     def section(found):
         group = found[2]
-        special = {"machine": machine, "peers": peers}.get(group)
+        special = {
+            "machine": machine,
+            "peers": peers,
+            "moves beside attention": lambda _: serving("moves", serving_tables.MOVES),
+            "the arena beside mlx-lm": lambda _: serving("mlx_lm", serving_tables.MLX_LM),
+            "serving": lambda _: (
+                serving_tables.machine_text(json.loads(SERVING.read_text())["machine"]) + "\n"
+            ),
+        }.get(group)
         return found[1] + (special(baseline) if special else table(group, baseline["benchmarks"])) + found[3]
 
     return SECTION.sub(section, text)
+
+
+def serving(part, columns):
+    headings, *rows = serving_tables.cells(columns, json.loads(SERVING.read_text(encoding="utf-8"))[part])
+    lines = [headings, ["---:"] * len(headings), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def machine(baseline):

@@ -14,7 +14,7 @@ import numpy as np
 cimport cython
 from cpython.buffer cimport PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int32_t, int64_t, uintptr_t
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport calloc, free, llabs, malloc
 from libc.string cimport memcpy, memmove
 
 from kvcache._lock cimport kv_thread
@@ -37,6 +37,14 @@ cdef extern from *:
     long kv_page_size() noexcept nogil
     void kv_touch(char *byte) noexcept nogil
 
+cdef extern from "_stream.h" nogil:
+    void kv_stream(char *to, const char *source, size_t size)
+    void kv_stream_end()
+
+cdef enum:
+    CACHED_BYTES = 1 << 25  # a call that moves more finds nothing of it in the caches afterwards
+    NEAR_BYTES = 1 << 21    # a target so near has just been read, and is in the nearer caches
+
 cdef dict CODES = {
     "float32": (FLOAT32, 4),
     "float16": (FLOAT16, 2),
@@ -50,22 +58,67 @@ cdef dict NUMPY_DTYPES = {name: np.dtype(name) for name in CODES if name != "bfl
 # --- bytes
 
 
+cdef bint joined(move_t *run, const move_t *move) noexcept nogil:
+    """Whether `run` can do what `move` does after it, as one copy; then it has taken it over.
+
+    Copied as one, everything is read before it is overwritten. That is the same as one after the other unless the
+    first of the two writes what the second reads: never if they lie in the order in which they move.
+    """
+    cdef int64_t shift = move.destination - move.source, blocks = run.blocks + move.blocks
+    if move.blocks == 0 or shift == 0:
+        return True
+    if run.blocks == 0:
+        run[0] = move[0]
+        return True
+    if run.destination - run.source != shift:
+        return False
+    if move.source == run.source + run.blocks and (shift < 0 or shift >= blocks):
+        run.blocks = blocks
+        return True
+    if move.source + move.blocks == run.source and (shift > 0 or -shift >= blocks):
+        run[0] = move_t(source=move.source, destination=move.destination, blocks=blocks)
+        return True
+    return False
+
+
+cdef void move_run(char *base, const move_t *run, int64_t block_bytes, bint streams) noexcept nogil:
+    """Of one head, which begins at `base`."""
+    cdef char *to = base + run.destination * block_bytes
+    cdef const char *source = base + run.source * block_bytes
+    if streams and llabs(run.destination - run.source) * block_bytes >= NEAR_BYTES:
+        kv_stream(to, source, <size_t>(run.blocks * block_bytes))
+    else:
+        memmove(to, source, <size_t>(run.blocks * block_bytes))
+
+
+cdef bint outgrows_caches(Copier self, const move_t *moves, int64_t count) noexcept nogil:
+    cdef int64_t i, number, token_bytes = 0, blocks = 0
+    for i in range(count):
+        blocks += moves[i].blocks
+    for number in range(self.first[self.num_layers]):
+        token_bytes += self.planes[number].heads * self.planes[number].token_stride
+    return blocks * self.block_size * token_bytes > CACHED_BYTES
+
+
 cdef void move_blocks(Copier self, const move_t *moves, int64_t count) noexcept nogil:
+    """One pass over each plane, head after head; moves that continue each other are one copy."""
     cdef int64_t number, head, i, block_bytes
+    cdef bint streams = outgrows_caches(self, moves, count)
     cdef plane_t *plane
     cdef char *base
+    cdef move_t run
     for number in range(self.first[self.num_layers]):
         plane = &self.planes[number]
         block_bytes = self.block_size * plane.token_stride
         for head in range(plane.heads):
             base = plane.data + head * plane.head_stride
-            for i in range(count):
-                if moves[i].source != moves[i].destination:
-                    memmove(
-                        base + moves[i].destination * block_bytes,
-                        base + moves[i].source * block_bytes,
-                        <size_t>(moves[i].blocks * block_bytes),
-                    )
+            i = 0
+            while i < count:
+                run = move_t(source=0, destination=0, blocks=0)
+                while i < count and joined(&run, &moves[i]):
+                    i += 1
+                move_run(base, &run, block_bytes, streams)
+    kv_stream_end()
 
 
 cdef void copy_items(

@@ -6,6 +6,8 @@ import time
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvcache._copy import Copier, DType, Sources, address
 
@@ -308,3 +310,76 @@ def test_each_thread_gets_the_error_of_its_own_call(layers):
     for thread in threads:
         thread.join(30)
     assert caught == {"one": {"one"}, "two": {"two"}}
+
+
+# --- moves that are carried out together
+
+
+def carried_out(moves, content, block=3):
+    """What moves make of an array (heads, tokens, width), done one after the other."""
+    content = content.copy()
+    for source, destination, blocks in moves:
+        rows = content[:, source * block : (source + blocks) * block].copy()
+        content[:, destination * block : (destination + blocks) * block] = rows
+    return content
+
+
+def numbered(blocks, block=3, heads=2, width=5):
+    """Planes of which no two bytes in a row of 251 are alike."""
+    size = heads * blocks * block * width
+    return (np.arange(size) % 251).astype(np.uint8).reshape(heads, blocks * block, width)
+
+
+def assert_moved(moves, blocks):
+    plane = numbered(blocks)
+    expected = carried_out(moves, plane)
+    Copier([{"k": plane}], 3).move(moves)
+    assert np.array_equal(plane, expected), moves
+
+
+@pytest.mark.parametrize("shift", [-9, -7, -3, -1, 1, 3, 7, 9])
+@pytest.mark.parametrize("lengths", [(1, 1), (3, 1), (1, 3), (2, 1, 4), (1, 1, 1, 1, 1)])
+@pytest.mark.parametrize("upwards", [True, False])
+def test_neighbours_that_move_alike_end_as_one_after_the_other(shift, lengths, upwards):
+    """Also where the order is the wrong one, in which a move reads what the one before has written."""
+    starts = 10 + np.cumsum([0, *lengths[:-1]])
+    moves = [(int(start), int(start) + shift, length) for start, length in zip(starts, lengths, strict=True)]
+    assert_moved(moves if upwards else moves[::-1], 40)
+
+
+def test_a_slide_to_both_sides_keeps_everybody():
+    right = [(20, 24, 3), (18, 22, 2), (15, 18, 3)]
+    left = [(4, 1, 2), (6, 3, 1), (8, 4, 5)]
+    assert_moved(right + left, 32)
+
+
+def test_moves_of_nothing_and_to_where_they_are_do_not_come_between():
+    assert_moved([(5, 5, 4), (4, 2, 0), (6, 3, 2), (0, 9, 0), (8, 8, 6), (8, 5, 2), (1, 1, 1)], 20)
+    assert_moved([(5, 5, 4), (4, 2, 0)], 20)
+
+
+@given(st.data())
+def test_any_list_of_moves_has_the_effect_of_one_after_the_other(data):
+    """Few shifts and many neighbours, so that moves often continue each other."""
+    blocks = data.draw(st.integers(6, 24))
+    shifts = data.draw(st.lists(st.integers(-blocks, blocks), min_size=1, max_size=2))
+    moves, at = [], data.draw(st.integers(0, blocks))
+    for _ in range(data.draw(st.integers(1, 12))):
+        length, shift = data.draw(st.integers(0, 4)), data.draw(st.sampled_from(shifts))
+        source = data.draw(st.sampled_from([at, at - length, data.draw(st.integers(0, blocks))]))
+        if min(source, source + shift) >= 0 and max(source, source + shift) + length <= blocks:
+            moves.append((source, source + shift, length))
+            at = data.draw(st.sampled_from([source, source + length]))
+    assert_moved(moves, blocks)
+
+
+@pytest.mark.parametrize("shift", [-9, -5, -2, 2, 5, 9])
+def test_more_than_the_caches_hold_arrives_whole(shift):
+    """Runs that lie megabytes from their places, overlapping those and not, aligned to nothing."""
+    plane = numbered(33, block=1, heads=2, width=823_333)
+    moves = [(9, 9 + shift, 8), (17, 17 + shift, 7)][:: -1 if shift > 0 else 1]
+    moves += [(0, 27, 4), (31, 2, 2)]
+    assert sum(blocks for *_, blocks in moves) * 2 * 823_333 > 1 << 25
+    expected = carried_out(moves, plane, block=1)
+    Copier([{"k": plane}], 1).move(moves)
+    assert np.array_equal(plane, expected)
