@@ -180,8 +180,12 @@ cdef class BatchCore:
     cdef int join(self, Allocation record) except -1:
         """Appends a member; the arrays are made anew by whoever calls."""
         self.reserve(self.size + 1)
-        self.known[record.request_id] = record
         self.ids.append(record.request_id)
+        try:
+            self.known[record.request_id] = record
+        except BaseException:
+            self.ids.pop()
+            raise
         self.handles[self.size] = record.handle
         self.size += 1
         return 0
@@ -296,10 +300,18 @@ cdef class BatchCore:
         return True
 
     def __contains__(self, request_id):
-        return request_id in self.known
+        self.begin()
+        try:
+            return request_id in self.known
+        finally:
+            self.end()
 
     def __iter__(self):
-        return iter(list(self.ids))
+        self.begin()
+        try:
+            return iter(list(self.ids))
+        finally:
+            self.end()
 
     cdef object new_arrays(self, int64_t size):
         """splits, lengths, starts, slots and positions for so many members."""
@@ -461,8 +473,9 @@ cdef class BatchCore:
                 status = self.append_one(index, 1 if counts == NULL else counts[index], got)
             if status != OK:
                 self.take_back(index, counts, got)
+                pool.spills = spills
                 if pool.moves == moves and pool.copied_tokens == copied:  # else others have to look again
-                    pool.peak_used, pool.changes, pool.spills = peak, changes, spills
+                    pool.peak_used, pool.changes = peak, changes
                 return status
         pool.changes += 1
         return OK
