@@ -450,6 +450,8 @@ cdef class BatchCore:
     cdef status_t append_each(self, const int32_t *counts, unsigned char *got) noexcept nogil:
         """Every member's tokens, or, when the call cannot go on, none."""
         cdef pool_t *pool = &self.cache.pool
+        cdef const handle_t *handles = self.handles
+        cdef hot_t *hots = pool.space.hot
         cdef hot_t *hot
         cdef int64_t index, peak = pool.peak_used, spills = pool.spills
         cdef int64_t moves = pool.moves, copied = pool.copied_tokens
@@ -463,14 +465,15 @@ cdef class BatchCore:
         if pool.num_holders and self.needs_held(counts):
             return HELD
         for index in range(self.size):
-            hot = &pool.space.hot[<uint32_t>self.handles[index]]
-            if hot.generation != <uint32_t>(self.handles[index] >> 32):
+            hot = &hots[<uint32_t>handles[index]]
+            if hot.generation != <uint32_t>(handles[index] >> 32):
                 status = STALE
             elif counts == NULL and hot.tokens < hot.soft:
                 hot.tokens += 1
                 continue
             else:
                 status = self.append_one(index, 1 if counts == NULL else counts[index], got)
+                hots = pool.space.hot
             if status != OK:
                 self.take_back(index, counts, got)
                 pool.spills = spills
@@ -579,13 +582,17 @@ cdef class BatchCore:
     cdef void fill_uniform(self) noexcept nogil:
         """Every member got one token."""
         cdef const hot_t *hots = self.cache.pool.space.hot
-        cdef const hot_t *hot
+        cdef const handle_t *handles = self.handles
+        cdef int32_t *length = self.length
+        cdef int32_t *position = self.position
+        cdef int32_t *slot = self.slot
         cdef int64_t index
+        cdef int32_t tokens
         for index in range(self.size):
-            hot = &hots[<uint32_t>self.handles[index]]
-            self.length[index] = hot.tokens
-            self.position[index] = hot.tokens - 1
-            self.slot[index] = hot.base + hot.tokens - 1
+            tokens = hots[<uint32_t>handles[index]].tokens
+            slot[index] = hots[<uint32_t>handles[index]].base + tokens - 1
+            length[index] = tokens
+            position[index] = tokens - 1
         if self.unseen or self.seen_moves != self.cache.pool.moves:
             self.look_again()
         for index in range(self.num_touched):
