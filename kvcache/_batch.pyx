@@ -44,6 +44,7 @@ from kvcache._pool cimport (
     overwrites_held,
     place_of,
     pool_t,
+    sight_t,
     slot_of,
     status_t,
     tail_is_kept,
@@ -428,7 +429,8 @@ cdef class BatchCore:
         """Every member's tokens, or, when the call cannot go on, none."""
         cdef pool_t *pool = &self.cache.pool
         cdef hot_t *hot
-        cdef int64_t index, peak = pool.peak_used, spills = pool.spills
+        cdef int64_t index, spills = pool.spills
+        cdef sight_t sight = pool.sight
         cdef int64_t moves = pool.moves, copied = pool.copied_tokens
         cdef uint64_t changes = pool.changes
         cdef status_t status = OK
@@ -450,8 +452,9 @@ cdef class BatchCore:
                 status = self.append_one(index, 1 if counts == NULL else counts[index], got)
             if status != OK:
                 self.take_back(index, counts, got)
+                pool.sight.refused = sight.refused
                 if pool.moves == moves and pool.copied_tokens == copied:  # else others have to look again
-                    pool.peak_used, pool.changes, pool.spills = peak, changes, spills
+                    pool.sight, pool.changes, pool.spills = sight, changes, spills
                 return status
         pool.changes += 1
         return OK

@@ -38,6 +38,7 @@ from kvcache._pool cimport (
     place_of,
     pool_t,
     refresh,
+    refuse,
     release_mine,
     reserve_for_holds,
     reserve_table,
@@ -152,10 +153,10 @@ cdef status_t admit(pool_t *pool, int64_t tokens, int64_t limit, bint patient, h
     cdef status_t status
     cdef int32_t who
     if over_budget(pool, blocks + claim):
-        return NO_ROOM
+        return refuse(pool, blocks)
     status = find_room(pool, blocks)
     if status != OK:
-        return status
+        return refuse(pool, blocks) if status == NO_ROOM else status
     who = next_place(pool, blocks)
     if who == NOWHERE:
         return NO_MEMORY
@@ -174,6 +175,7 @@ cdef status_t admit(pool_t *pool, int64_t tokens, int64_t limit, bint patient, h
     pool.claims += claim
     refresh(pool, who)
     note_peak(pool)
+    pool.sight.admissions += 1
     pool.changes += 1
     return OK
 
@@ -218,6 +220,7 @@ cdef status_t retire(pool_t *pool, handle_t handle) noexcept nogil:
     pool.claims -= growth_of(&pool.space, seq)
     drop_tail(pool, who, 0)
     leave(pool, who)
+    pool.sight.frees += 1
     pool.changes += 1
     return OK
 
@@ -246,6 +249,7 @@ cdef status_t append(pool_t *pool, int32_t who, int64_t count, bint patient) noe
     cdef int64_t need
     cdef status_t status = OK
     if count > seq.limit - hot.tokens:
+        pool.sight.refused.past_limit += 1
         return PAST_LIMIT
     if count == 0:
         return OK
@@ -255,6 +259,7 @@ cdef status_t append(pool_t *pool, int32_t who, int64_t count, bint patient) noe
         need = ceil_div(hot.tokens + count, pool.space.block_size) - held(seq)
         status = grow_paged(pool, who, need, patient) if pool.paged else grow_run(pool, who, need, patient)
         if status != OK:
+            pool.sight.refused.growth += status == NO_ROOM
             return status
         hot = &pool.space.hot[who]  # the table may have grown
     hot.tokens += <int32_t>count
@@ -376,7 +381,7 @@ cdef status_t cut(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil:
         return NO_MEMORY
     if pool.paged:
         if over_budget_after_cut(pool, who, tokens):
-            return NO_ROOM
+            return refuse(pool, 0)
         will = is_writer(pool, who, tokens, seq.limit) and pool.refs[seq.table[keep - 1]] > 1
         was = dropped == 0 and is_writer(pool, who, hot.tokens, seq.limit)
         drop_tail(pool, who, keep)
@@ -392,6 +397,7 @@ cdef status_t cut(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil:
     hot.tokens = <int32_t>tokens
     lower_marks(pool, who, tokens)
     refresh(pool, who)
+    note_peak(pool)
     pool.changes += 1
     return OK
 
@@ -411,12 +417,13 @@ cdef status_t change_limit(pool_t *pool, int32_t who, int64_t limit) noexcept no
         copies = (copies_of(pool.refs[tail], pool.writers[tail] + writers)
                   - copies_of(pool.refs[tail], pool.writers[tail]))
     if more + copies > 0 and over_budget(pool, more + copies):
-        return NO_ROOM
+        return refuse(pool, 0)
     if writers:
         change_holders(pool, tail, 0, writers)
     pool.claims += more
     seq.limit = <int32_t>limit
     refresh(pool, who)
+    note_peak(pool)
     pool.changes += 1
     return OK
 
@@ -461,7 +468,7 @@ cdef status_t split(pool_t *pool, handle_t parent, bint patient, handle_t *child
         return NO_MEMORY
     status = share_blocks(pool, who, twin, claim)
     if status != OK:
-        return status
+        return refuse(pool, 0) if status == NO_ROOM else status
     enter_twin(pool, who, child)
     pool.space.seqs[twin].blocks = <int32_t>blocks
     pool.space.seqs[twin].breaks = pool.space.seqs[who].breaks
@@ -481,6 +488,7 @@ cdef void finish_twin(pool_t *pool, int32_t who, int32_t twin, int64_t claim) no
     refresh(pool, who)
     refresh(pool, twin)
     note_peak(pool)
+    pool.sight.admissions += 1
     pool.changes += 1
 
 
@@ -488,8 +496,8 @@ cdef status_t copy_run(pool_t *pool, int32_t who, int64_t claim, bint patient, h
     """Contiguous: the twin gets a run of its own, copied after whatever else had to move."""
     cdef int64_t blocks = held(&pool.space.seqs[who])
     cdef status_t status = find_room(pool, blocks)
-    if over_budget(pool, blocks + claim):
-        return NO_ROOM
+    if over_budget(pool, blocks + claim) or status == NO_ROOM:
+        return refuse(pool, blocks)
     if status != OK:
         return status
     if blocks and not patient:

@@ -15,6 +15,7 @@ from kvcache.spec import KVCacheSpec
 from kvcache.stats import CacheStats, stats_text
 
 PLACEMENTS = ("contiguous", "paged")
+_new_stats = tuple.__new__  # of the namedtuple's fields, all of them
 
 
 class KVCache(CacheCore):
@@ -101,6 +102,7 @@ class KVCache(CacheCore):
         self.overcommit = overcommit
         self.max_move_tokens = max_move_tokens
         self._layers = spec.layers
+        self._prices = spec.block_bytes, spec.bytes_per_token
         in_place = backend == "numpy" and all(layer.v_index is not None for layer in spec.layers)
         self._k, self._v = (tuple(arena.k), tuple(arena.v)) if in_place else ((), ())
 
@@ -257,7 +259,10 @@ class KVCache(CacheCore):
 
     def stats(self):
         """Every number at once: a `CacheStats`, which stays as it is."""
-        return CacheStats.of(self.spec, self._counters(), self.arena)
+        arena = self.arena
+        return _new_stats(
+            CacheStats, self._figures(*self._prices, arena.arena_copies, arena.library_memory())
+        )
 
     def dump_cache_stats(self, file=None):
         """Write the configuration, the state and one line per sequence to `file` (standard output by default)."""

@@ -59,6 +59,7 @@ RANKS = {
     "_scatter": 1,
     "_sequences": 1,
     "_sharing": 1,
+    "_sight": 1,
     "_slides": 1,
     "_space": 1,
     "_windows": 1,
