@@ -774,7 +774,7 @@ cdef class CacheCore:
         pool_unlock(&self.pool)
 
     def _owners(self):
-        """Who holds each block, as an int32 array: see the constants of the stub."""
+        """Who holds each block, as an int32 array in the terms of `kvcache.block_map`."""
         self.known()
         owners = np.empty(self.pool.space.blocks.num_blocks, np.int32)
         cdef int32_t[::1] cells = owners

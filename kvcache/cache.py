@@ -10,7 +10,9 @@ import sys
 from kvcache._alloc import CacheCore
 from kvcache._batch import BatchCore
 from kvcache.arena import make_arena
+from kvcache.block_map import image_of
 from kvcache.errors import UnknownSequence
+from kvcache.health import Watch
 from kvcache.spec import KVCacheSpec
 from kvcache.stats import CacheStats, stats_text
 
@@ -101,6 +103,7 @@ class KVCache(CacheCore):
         self.placement = placement
         self.overcommit = overcommit
         self.max_move_tokens = max_move_tokens
+        self._watch = Watch()
         self._layers = spec.layers
         self._prices = spec.block_bytes, spec.bytes_per_token
         in_place = backend == "numpy" and all(layer.v_index is not None for layer in spec.layers)
@@ -274,6 +277,34 @@ class KVCache(CacheCore):
             except UnknownSequence:
                 continue  # freed by another thread since
         print(stats_text(self.spec, self.stats(), rows), file=sys.stdout if file is None else file)
+
+    def block_map_image(self, width=64, *, dark=False):
+        """The blocks as a picture: a pixel a block, `width` to a row, in the order of the arena.
+
+        Free blocks are white, or nearly black; each sequence has a colour; a block that several share has half its
+        holder's brightness; grey ones are free when the last hold ends. Pixels of the last row that are no block are
+        of a lighter grey, in a dark picture of a darker one.
+
+        Parameters
+        ----------
+        width : int
+        dark : bool
+
+        Returns
+        -------
+        array of uint8, ``(rows, width, 3)``
+        """
+        if as_index(width, "width") < 1:
+            raise ValueError(f"width must be at least 1, not {width}")
+        return image_of(self._owners(), as_index(width, "width"), bool(dark))
+
+    def check_health(self):
+        """What an operator should hear of: a tuple of `Finding`, told to the logger ``kvcache`` once a minute each.
+
+        High fragmentation in paged placement, promises above 90 %, and arrays of the arena that MLX has copied. Called
+        by whoever exports metrics or the status, never by the calls that serve.
+        """
+        return self._watch.look(self)
 
 
 class DecodeBatch(BatchCore):

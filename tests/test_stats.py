@@ -178,7 +178,9 @@ def test_a_wait_for_a_hold_is_in_the_bucket_of_its_length(make_cache):
     stats = cache.stats()
     assert stats.admission_seconds > 0.01
     slow = sum(
-        count for count, bound in zip(stats.admission_latencies[1:], LATENCY_BOUNDS, strict=True) if bound > 0.002
+        count
+        for count, bound in zip(stats.admission_latencies[1:], LATENCY_BOUNDS, strict=True)
+        if bound > 0.002
     )
     assert slow == 1
 
