@@ -11,7 +11,7 @@ from kvcache._alloc import CacheCore
 from kvcache._batch import BatchCore
 from kvcache.arena import make_arena
 from kvcache.block_map import image_of
-from kvcache.errors import UnknownSequence
+from kvcache.errors import KVCacheError, UnknownSequence
 from kvcache.health import Watch
 from kvcache.spec import KVCacheSpec
 from kvcache.stats import CacheStats, stats_text
@@ -64,6 +64,8 @@ class KVCache(CacheCore):
     >>> cache.free_for("user_123"), cache.free_for("user_123")
     (True, False)
     """
+
+    _status = None  # who serves it, if anybody does
 
     def __init__(
         self,
@@ -126,6 +128,8 @@ class KVCache(CacheCore):
         of other threads; raises `CacheHeld` inside one of this thread's own.
         """
         super().close()
+        if self._status is not None:
+            self._status.close()
         self._k = self._v = ()
         self.arena.close()
 
@@ -305,6 +309,40 @@ class KVCache(CacheCore):
         by whoever exports metrics or the status, never by the calls that serve.
         """
         return self._watch.look(self)
+
+    def serve_status(self, host="127.0.0.1", port=0, *, pid_file=None, any_host=False):
+        """Let `kvcache top` look at this cache: its state as JSON over HTTP, read-only, from a daemon thread.
+
+        Parameters
+        ----------
+        host : str
+            A loopback address, unless `any_host`: there is no password.
+        port : int
+            0 for any that is free.
+        pid_file : path, optional
+            Where to write process id and address; removed at the end.
+        any_host : bool
+            Whether other machines may ask.
+
+        Returns
+        -------
+        StatusServer
+            With `address`, and `close`; closing the cache closes it.
+
+        Raises
+        ------
+        KVCacheError
+            It is served already.
+        OSError, ValueError
+            It cannot listen there, or should not.
+        """
+        from kvcache.status import StatusServer
+
+        self._require_open()
+        if self._status is not None and not self._status.closed:
+            raise KVCacheError(f"the status is served already, at {self._status.address}")
+        self._status = StatusServer(self, host, port, pid_file, any_host)
+        return self._status
 
 
 class DecodeBatch(BatchCore):

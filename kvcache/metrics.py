@@ -208,13 +208,20 @@ class CacheMetrics:
     ----------
     clock : callable
         Seconds, never backwards; OpenTelemetry's instruments see one moment for a twentieth of one.
+
+    Attributes
+    ----------
+    instrumented : bool
+        Whether OpenTelemetry has instruments of it.
     """
 
     def __init__(self, clock=time.monotonic):
         self._caches = {}  # name -> weak reference
+        self._further = []  # (rows, read): of what stands beside the caches
         self._lock = threading.Lock()
         self._clock = clock
         self._seen = None  # when OpenTelemetry looked, and what it saw
+        self.instrumented = False
 
     def register(self, cache, name="default"):
         """Export a cache. A name that another live cache has is a `ValueError`."""
@@ -230,6 +237,25 @@ class CacheMetrics:
         with self._lock:
             self._seen = None
             return self._caches.pop(name, None) is not None
+
+    def extend(self, rows, read):
+        """Export more than the caches: queues before them, for example. Before `instrument`, with OpenTelemetry.
+
+        Parameters
+        ----------
+        rows : iterable of Metric
+        read : callable
+            Gives a dictionary: the value of the label ``cache``, and what the rows are to take their values from.
+        """
+        with self._lock:
+            self._further.append((tuple(rows), read))
+
+    def tables(self):
+        """What is exported: of each table its rows, whether they have the label ``cache``, and what reads them."""
+        yield METRICS, True, self.read
+        yield PROCESS_METRICS, False, self.read
+        for rows, read in tuple(self._further):
+            yield rows, True, read
 
     def read(self):
         """Look at every cache, and for what an operator should hear of.
@@ -253,19 +279,21 @@ class CacheMetrics:
 
     def describe(self):
         """For a Prometheus registry: the families without samples."""
-        return [_family(metric, labelled) for metric, labelled in _rows()]
+        return [_family(metric, of_cache) for rows, of_cache, _ in self.tables() for metric in rows]
 
     def collect(self):
         """For a Prometheus registry: the families, from one look at each cache."""
-        readings = self.read()
-        for metric, of_cache in _rows():
-            family = _family(metric, of_cache)
-            if of_cache:
-                for name, reading in readings.items():
-                    _add(family, metric, (name,), metric.values(reading))
-            elif readings:
-                _add(family, metric, (), metric.values(_of_process(readings)))
-            yield family
+        caches = self.read()
+        for rows, of_cache, read in self.tables():
+            readings = caches if read == self.read else read()
+            for metric in rows:
+                family = _family(metric, of_cache)
+                if of_cache:
+                    for name, reading in readings.items():
+                        _add(family, metric, (name,), metric.values(reading))
+                elif readings:
+                    _add(family, metric, (), metric.values(_of_process(readings)))
+                yield family
 
     def moment(self):
         """What `read` gives, the same for all instruments of one collection."""
@@ -274,11 +302,6 @@ class CacheMetrics:
         if seen is None or now - seen[0] > SAME_MOMENT:
             self._seen = seen = now, self.read()
         return seen[1]
-
-
-def _rows():
-    yield from ((metric, True) for metric in METRICS)
-    yield from ((metric, False) for metric in PROCESS_METRICS)
 
 
 def _of_process(readings):
@@ -378,7 +401,7 @@ def instrument(cache, name="default", meter_provider=None, metrics=None):
     meter_provider : opentelemetry.metrics.MeterProvider, optional
         By default the global one.
     metrics : CacheMetrics, optional
-        What an earlier call returned: the cache joins its instruments.
+        What an earlier call returned, for the cache to join its instruments, or one that has been extended.
 
     Returns
     -------
@@ -387,16 +410,19 @@ def instrument(cache, name="default", meter_provider=None, metrics=None):
     """
     made = CacheMetrics() if metrics is None else metrics
     made.register(cache, name)
-    if metrics is None:
+    if not made.instrumented:
         from opentelemetry.metrics import get_meter
 
+        made.instrumented = True
+
         meter = get_meter("kvcache", meter_provider=meter_provider)
-        for metric, of_cache in _rows():
-            for row in _without_histograms(metric):
+        for rows, of_cache, read in made.tables():
+            look = made.moment if read == made.read else read
+            for row in (row for metric in rows for row in _without_histograms(metric)):
                 make = (
                     meter.create_observable_counter if row.kind == COUNTER else meter.create_observable_gauge
                 )
-                make(row.name, [_callback(made, row, of_cache)], unit=row.unit, description=row.help)
+                make(row.name, [_callback(look, row, of_cache)], unit=row.unit, description=row.help)
     return made
 
 
@@ -421,11 +447,11 @@ def _without_histograms(metric):
     )
 
 
-def _callback(metrics, metric, of_cache):
+def _callback(look, metric, of_cache):
     def observe(_options):
         from opentelemetry.metrics import Observation
 
-        readings = metrics.moment()
+        readings = look()
         if not of_cache:
             readings = {"": _of_process(readings)} if readings else {}
         for name, reading in readings.items():

@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from kvcache import metrics
-from kvcache.metrics import COUNTER, GAUGE, HISTOGRAM, METRICS, PROCESS_METRICS, SUFFIXES, CacheMetrics
+from kvcache.metrics import (
+    COUNTER,
+    GAUGE,
+    HISTOGRAM,
+    METRICS,
+    PROCESS_METRICS,
+    SUFFIXES,
+    CacheMetrics,
+    Metric,
+)
 
 prometheus_client = pytest.importorskip("prometheus_client")
 
@@ -157,6 +166,17 @@ def test_scraping_while_others_work_is_safe(make_cache, registry):
     done.set()
     thread.join()
     assert wrong == []
+
+
+def test_queues_and_the_like_may_stand_beside_the_caches(make_cache, registry, telemetry):
+    provider, collect = telemetry
+    rows = [Metric("kvcache.queue.length", GAUGE, "{request}", "Requests that wait.", "", lambda now: now)]
+    metrics.register(make_cache(), "main", registry).extend(rows, lambda: {"main": 7})
+    assert scraped(registry)["kvcache_queue_length", ("cache", "main")] == 7
+    exported = CacheMetrics()
+    exported.extend(rows, lambda: {"main": 8})
+    metrics.instrument(make_cache(), "main", provider, exported)
+    assert collect()["kvcache.queue.length", ("cache", "main")] == 8
 
 
 # ---- names
