@@ -1,5 +1,7 @@
 """How `kvcache top` looks. Needs rich."""
 
+from itertools import groupby
+
 from rich.console import Group
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -10,6 +12,7 @@ from kvcache.block_map import FREE, SHARED, WAITING, colours_of
 
 MIB = 2**20
 MOST_ROWS = 12  # of sequences
+LEGEND = "· free, ░ waits for a hold, ▒ shared"
 RATES = (
     ("admitted", "admissions"),
     ("freed", "frees"),
@@ -64,30 +67,30 @@ def _arena(now):
         ),
     ):
         bars.add_row(name, ProgressBar(total=1, completed=min(part, 1), width=24), text)
-    bars.add_row("map", "", f"{per_cell} block{'s' if per_cell > 1 else ''} a cell, {_legend()}")
+    bars.add_row("map", "", f"{per_cell} block{'s' if per_cell > 1 else ''} a cell, {LEGEND}")
     return bars
-
-
-def _legend():
-    return "· free, ░ waits for a hold, ▒ shared"
 
 
 def _map(cells, width):
     """A cell a character; a sequence in one colour."""
     text = Text(no_wrap=True)
     for start in range(0, len(cells), width):
-        row = cells[start : start + width]
-        held = [max(cell, 0) & ~SHARED for cell in row]
-        for cell, colour in zip(row, colours_of(held).tolist(), strict=True):
+        for cell, same in groupby(cells[start : start + width]):
+            length = len(list(same))
             if cell == FREE:
-                text.append("·", "dim")
+                text.append("·" * length, "dim")
             elif cell == WAITING:
-                text.append("░", "dim")
+                text.append("░" * length, "dim")
             else:
-                text.append("▒" if cell >= SHARED else "█", "rgb({},{},{})".format(*colour))
+                text.append(("▒" if cell >= SHARED else "█") * length, _style(cell & ~SHARED))
         if start + width < len(cells):
             text.append("\n")
     return text
+
+
+def _style(place):
+    red, green, blue = colours_of([place])[0].tolist()
+    return f"rgb({red},{green},{blue})"
 
 
 def _rates(now, last):
@@ -108,8 +111,7 @@ def _sequences(now):
         table.add_column(heading, justify="left" if heading == "oldest sequences" else "right", no_wrap=True)
     shown = now["sequences"][:MOST_ROWS]
     for each in shown:
-        colour = (128, 128, 128) if each["place"] is None else colours_of([each["place"]])[0].tolist()
-        name = Text("█ ", style="rgb({},{},{})".format(*colour))
+        name = Text("█ ", style="dim" if each["place"] is None else _style(each["place"]))
         name.append("".join(c if c.isprintable() else "?" for c in each["id"]), style="default")
         state = "" if each["contiguous"] else "scattered"
         table.add_row(name, f"{each['tokens']:,}", f"{each['limit']:,}", state)
