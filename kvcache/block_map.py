@@ -51,10 +51,11 @@ def image_of(owners, width, dark):
     pixels = image[: owners.size]
     pixels[owners == FREE] = GROUNDS[dark]
     pixels[owners == WAITING] = HELD_BACK
-    held = owners >= 0
-    colours = colours_of(owners[held] & ~SHARED)
-    colours[owners[held] >= SHARED] //= 2
-    pixels[held] = colours
+    held = np.flatnonzero(owners >= 0)
+    places, of_place = np.unique(owners[held], return_inverse=True)
+    colours = colours_of(places & ~SHARED)
+    colours[places >= SHARED] //= 2
+    pixels[held] = colours[of_place]
     return image.reshape(rows, width, 3)
 
 
