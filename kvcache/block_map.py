@@ -52,10 +52,9 @@ def image_of(owners, width, dark):
     pixels[owners == FREE] = GROUNDS[dark]
     pixels[owners == WAITING] = HELD_BACK
     held = np.flatnonzero(owners >= 0)
-    places, of_place = np.unique(owners[held], return_inverse=True)
-    colours = colours_of(places & ~SHARED)
-    colours[places >= SHARED] //= 2
-    pixels[held] = colours[of_place]
+    places = owners[held] & ~SHARED
+    pixels[held] = colours_of(np.arange(places.max(initial=-1) + 1))[places]
+    pixels[owners >= SHARED] //= 2
     return image.reshape(rows, width, 3)
 
 
