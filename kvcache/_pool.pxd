@@ -52,11 +52,11 @@ ctypedef struct refusals_t:
     int64_t past_limit      # appends beyond it
 
 ctypedef struct sight_t:
-    peaks_t peak            # since they were last forgotten
-    peaks_t past            # before that
-    refusals_t refused
+    peaks_t peak            # since they were last forgotten; up to `frees`, what every admission touches
     int64_t admissions      # sequences that began, forks included
     int64_t frees           # sequences that ended
+    peaks_t past            # the peaks before that
+    refusals_t refused
     int64_t num_timed       # admissions that waited, moved or were asked for without the GIL; the others read no clock
     int64_t nanoseconds     # that these took
     int64_t latencies[NUM_LATENCIES]  # of these
