@@ -758,7 +758,8 @@ cdef class CacheCore:
         return (
             live, used + there, used, there, 0, claims, longest, fragmentation_of(longest, there),
             used * block_bytes, there * block_bytes, (used + there) * block_bytes,
-            max(sight.past.used, sight.peak.used), moves, moved, moved * token_bytes, copied, spills, heals, pause, arena_copies,
+            max(sight.past.used, sight.peak.used),
+            moves, moved, moved * token_bytes, copied, spills, heals, pause, arena_copies,
             limbo, max(sight.past.live, sight.peak.live), max(sight.past.claims, sight.peak.claims),
             sight.peak.used, sight.peak.live, sight.peak.claims, sight.admissions, sight.frees,
             sight.refused.arena_full, sight.refused.promises, sight.refused.growth, sight.refused.past_limit,
