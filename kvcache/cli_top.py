@@ -9,6 +9,7 @@ from kvcache.cli_arguments import UsageError, add_json, count, require, write_js
 
 SECONDS = 5.0  # that an answer may take
 MOST_BYTES = 1 << 20  # of an answer
+NEEDED = {"kvcache", "pid", "placement", "backend", "stats", "promised", "findings", "block_map", "sequences"}
 
 
 def add_top(commands):
@@ -88,7 +89,7 @@ def look(host, port):
         if answer.status == 503:
             raise UsageError(f"{host}:{port}: the cache is closed")
         told = json.loads(text)
-        if answer.status != 200 or "kvcache" not in told:
+        if answer.status != 200 or not NEEDED.issubset(told):
             raise ValueError
     except (OSError, http.client.HTTPException) as error:
         raise UsageError(f"{host}:{port} does not answer: {error}") from error

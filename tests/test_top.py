@@ -100,8 +100,11 @@ def test_nobody_there_is_said(make_cache, capsys):
     assert "does not answer" in capsys.readouterr().err
 
 
+HEAD = b"HTTP/1.0 200 OK\r\n\r\n"
+
+
 @pytest.mark.parametrize(
-    "answer", [b"hello\r\n", b"HTTP/1.0 200 OK\r\n\r\n[1]", b"HTTP/1.0 200 OK\r\n\r\nnonsense"]
+    "answer", [b"hello\r\n", HEAD + b"[1]", HEAD + b"nonsense", HEAD + b'{"kvcache": "9"}', HEAD]
 )
 def test_somebody_else_there_is_said(answer, capsys):
     with socket.create_server(("127.0.0.1", 0)) as listener:
