@@ -31,10 +31,13 @@ from kvcache._pool cimport (
     copy_table,
     is_live,
     overwrites_held,
+    NUM_LATENCIES,
     place_of,
     pool_destroy,
     pool_init,
+    sight_t,
     slot_of,
+    used_blocks,
 )
 from kvcache._sequences cimport (
     admit,
@@ -46,6 +49,7 @@ from kvcache._sequences cimport (
     split,
 )
 from kvcache._sharing cimport is_shared
+from kvcache._sight cimport draw_owners, forget_peaks
 from kvcache._writes cimport own_and_span, write_spans
 
 from kvcache.errors import (
@@ -743,17 +747,48 @@ cdef class CacheCore:
         """Whether `close` has been called."""
         return self.pool.closed
 
-    def _counters(self):
-        """The pool's numbers, taken under the lock, as a tuple in the order of `CacheStats.of`."""
+    def _figures(self, int64_t block_bytes, int64_t token_bytes, int64_t arena_copies, tuple memory not None):
+        """The values of a `CacheStats`, those of the pool taken under the lock."""
         self.known()
         self.lock_pool()
-        cdef int64_t live = self.pool.space.live, there = self.pool.space.blocks.free_blocks
+        cdef sight_t sight = self.pool.sight
+        cdef int64_t live = self.pool.space.live, used = used_blocks(&self.pool)
+        cdef int64_t there = self.pool.space.blocks.free_blocks
         cdef int64_t longest = largest_free_run(&self.pool.space.blocks)
-        cdef int64_t claims = self.pool.claims, peak = self.pool.peak_used
+        cdef int64_t claims = self.pool.claims, limbo = self.pool.limbo_blocks
         cdef int64_t moves = self.pool.moves, moved = self.pool.moved_tokens, copied = self.pool.copied_tokens
         cdef int64_t spills = self.pool.spills, heals = self.pool.heals, pause = self.pool.longest_pause
         pool_unlock(&self.pool)
-        return live, there, longest, claims, peak, moves, moved, copied, spills, heals, pause
+        cdef int64_t bucket
+        sight.latencies[0] += sight.admissions - sight.num_timed
+        return (
+            live, used + there, used, there, 0, claims, longest, fragmentation_of(longest, there),
+            used * block_bytes, there * block_bytes, (used + there) * block_bytes,
+            max(sight.past.used, sight.peak.used),
+            moves, moved, moved * token_bytes, copied, spills, heals, pause, arena_copies,
+            limbo, max(sight.past.live, sight.peak.live), max(sight.past.claims, sight.peak.claims),
+            sight.peak.used, sight.peak.live, sight.peak.claims, sight.admissions, sight.frees,
+            sight.refused.arena_full, sight.refused.promises, sight.refused.growth, sight.refused.past_limit,
+            tuple([sight.latencies[bucket] for bucket in range(NUM_LATENCIES)]), <double>sight.nanoseconds * 1e-9,
+            memory[0], memory[1], memory[2],
+        )
+
+    def reset_peaks(self):
+        """Begins the recent peaks of `stats()` anew, at what there is now; those since the start stay."""
+        self.known()
+        self.lock_pool()
+        forget_peaks(&self.pool)
+        pool_unlock(&self.pool)
+
+    def _owners(self):
+        """Who holds each block, as an int32 array in the terms of `kvcache.block_map`."""
+        self.known()
+        owners = np.empty(self.pool.space.blocks.num_blocks, np.int32)
+        cdef int32_t[::1] cells = owners
+        self.lock_pool()
+        draw_owners(&self.pool, &cells[0])
+        pool_unlock(&self.pool)
+        return owners
 
     @property
     def free_blocks(self):
@@ -764,8 +799,12 @@ cdef class CacheCore:
     @property
     def fragmentation(self):
         """``1 - largest_free_run / free_blocks``; 0.0 when nothing is free."""
-        counters = self._counters()
-        return fragmentation_of(counters[2], counters[1])
+        self.known()
+        self.lock_pool()
+        cdef int64_t there = self.pool.space.blocks.free_blocks
+        cdef int64_t longest = largest_free_run(&self.pool.space.blocks)
+        pool_unlock(&self.pool)
+        return fragmentation_of(longest, there)
 
     @property
     def is_full(self):

@@ -45,6 +45,7 @@ from kvcache._pool cimport (
     overwrites_held,
     place_of,
     pool_t,
+    sight_t,
     slot_of,
     status_t,
     tail_is_kept,
@@ -453,7 +454,8 @@ cdef class BatchCore:
         cdef const handle_t *handles = self.handles
         cdef hot_t *hots = pool.space.hot
         cdef hot_t *hot
-        cdef int64_t index, peak = pool.peak_used, spills = pool.spills
+        cdef int64_t index, spills = pool.spills
+        cdef sight_t sight = pool.sight
         cdef int64_t moves = pool.moves, copied = pool.copied_tokens
         cdef uint64_t changes = pool.changes
         cdef status_t status = OK
@@ -476,9 +478,10 @@ cdef class BatchCore:
                 hots = pool.space.hot
             if status != OK:
                 self.take_back(index, counts, got)
+                pool.sight.refused = sight.refused
                 pool.spills = spills
                 if pool.moves == moves and pool.copied_tokens == copied:  # else others have to look again
-                    pool.peak_used, pool.changes = peak, changes
+                    pool.sight, pool.changes = sight, changes
                 return status
         pool.changes += 1
         return OK

@@ -36,6 +36,7 @@ from kvcache._sequences cimport (
     retire,
     split,
 )
+from kvcache._sight cimport note_latency, now
 
 
 # ---- holds
@@ -105,15 +106,19 @@ cdef status_t pool_release(pool_t *pool) noexcept nogil:
 # ---- whole calls
 
 cdef status_t pool_allocate(pool_t *pool, int64_t tokens, int64_t limit, handle_t *handle) noexcept nogil:
+    cdef int64_t began
     cdef status_t status
     if not 1 <= tokens <= limit <= arena_tokens(pool):
         return BAD_COUNT
+    began = now()
     kv_lock(&pool.lock)
     while True:
         pool.pause = 0
         status = CLOSED if pool.closed else admit(pool, tokens, limit, True, handle)
         if status != HELD or wait_for_holds(pool) != OK:
             break
+    if status == OK:
+        note_latency(&pool.sight, now() - began)
     pool_unlock(pool)
     return status
 
@@ -152,6 +157,7 @@ cdef status_t pool_truncate(pool_t *pool, handle_t handle, int64_t tokens) noexc
 
 
 cdef status_t pool_fork(pool_t *pool, handle_t parent, handle_t *child) noexcept nogil:
+    cdef int64_t began = now()
     cdef status_t status
     kv_lock(&pool.lock)
     while True:
@@ -159,6 +165,8 @@ cdef status_t pool_fork(pool_t *pool, handle_t parent, handle_t *child) noexcept
         status = split(pool, parent, True, child) if is_live(pool, parent) else STALE
         if status != HELD or wait_for_holds(pool) != OK:
             break
+    if status == OK:
+        note_latency(&pool.sight, now() - began)
     pool_unlock(pool)
     return status
 

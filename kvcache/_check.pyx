@@ -5,7 +5,7 @@ from libc.stdlib cimport calloc, free
 
 from kvcache._blocks cimport NOWHERE, block_is_free, cell_t, check_blocks
 from kvcache._space cimport growth_of, held, hot_t, seq_t
-from kvcache._pool cimport pool_t, slot_of, used_blocks
+from kvcache._pool cimport NUM_LATENCIES, pool_t, sight_t, slot_of, used_blocks
 
 
 cdef str check_pool(const pool_t *pool):
@@ -20,7 +20,8 @@ cdef str check_pool(const pool_t *pool):
         raise MemoryError(f"checking {num_blocks} blocks needs {8 * num_blocks} bytes")
     try:
         wrong = check_sequences(pool, holders, holders + num_blocks)
-        return check_holders(pool, holders, holders + num_blocks) if wrong is None else wrong
+        wrong = check_holders(pool, holders, holders + num_blocks) if wrong is None else wrong
+        return check_sight(pool) if wrong is None else wrong
     finally:
         free(holders)
 
@@ -53,6 +54,21 @@ cdef str check_sequences(const pool_t *pool, int32_t *holders, int32_t *writers)
         return f"{vacant} places are listed as vacant, the count says {pool.vacancies}"
     if vacant + live + further > pool.places:
         return f"{vacant} vacant places, {live} live and {further} of further runs, the table has {pool.places}"
+    return None
+
+
+cdef str check_sight(const pool_t *pool):
+    cdef const sight_t *sight = &pool.sight
+    cdef int64_t bucket, timed = 0
+    if sight.admissions - sight.frees != pool.space.live:
+        return f"{sight.admissions} sequences began and {sight.frees} ended, {pool.space.live} live"
+    for bucket in range(NUM_LATENCIES):
+        timed += sight.latencies[bucket]
+    if timed != sight.num_timed or timed > sight.admissions:
+        return f"{timed} latencies of {sight.admissions} admissions, the count says {sight.num_timed}"
+    if sight.peak.used < used_blocks(pool) or sight.peak.live < pool.space.live or sight.peak.claims < pool.claims:
+        return (f"the peaks are {sight.peak.used} blocks, {sight.peak.live} sequences and {sight.peak.claims} claims, "
+                f"there are {used_blocks(pool)}, {pool.space.live} and {pool.claims}")
     return None
 
 

@@ -38,6 +38,30 @@ ctypedef struct spans_t:
     int64_t count
     int64_t capacity
 
+cdef enum:
+    NUM_LATENCIES = 13      # up to 1 µs, 4 µs, ... 4**11 µs, and beyond
+
+ctypedef struct peaks_t:    # the most at once
+    int64_t used
+    int64_t live
+    int64_t claims
+
+ctypedef struct refusals_t:
+    int64_t arena_full      # admissions and forks for which too few blocks were free
+    int64_t promises        # admissions, forks, limits and cuts whose blocks were free, but promised to others
+    int64_t growth          # appends within the limit that found no block
+    int64_t past_limit      # appends beyond it
+
+ctypedef struct sight_t:
+    peaks_t peak            # since they were last forgotten; up to `frees`, what every admission touches
+    int64_t admissions      # sequences that began, forks included
+    int64_t frees           # sequences that ended
+    peaks_t past            # the peaks before that
+    refusals_t refused
+    int64_t num_timed       # admissions that waited, moved or were asked for without the GIL; the others read no clock
+    int64_t nanoseconds     # that these took
+    int64_t latencies[NUM_LATENCIES]  # of these
+
 ctypedef struct pool_t:
     kv_lock_t lock
     space_t space
@@ -74,7 +98,7 @@ ctypedef struct pool_t:
     int64_t deferred_capacity
     int64_t deferred_releases  # holds left by a finalizer, likewise
     uint64_t changes        # calls that have changed anything
-    int64_t peak_used
+    sight_t sight
     int64_t moves
     int64_t moved_tokens
     int64_t copied_tokens
@@ -146,7 +170,17 @@ cdef inline bint overwrites_held(const pool_t *pool, int32_t who, int64_t mark, 
     return pool.num_holders > 0 and start < written.start + written.length and start + count > written.start
 
 cdef inline void note_peak(pool_t *pool) noexcept nogil:
-    pool.peak_used = max(pool.peak_used, used_blocks(pool))
+    pool.sight.peak.used = max(pool.sight.peak.used, used_blocks(pool))
+    pool.sight.peak.live = max(pool.sight.peak.live, pool.space.live)
+    pool.sight.peak.claims = max(pool.sight.peak.claims, pool.claims)
+
+cdef inline status_t refuse(pool_t *pool, int64_t blocks) noexcept nogil:
+    """Counts a refusal of so many blocks by its cause."""
+    if blocks > pool.space.blocks.free_blocks + pool.limbo_blocks:
+        pool.sight.refused.arena_full += 1
+    else:
+        pool.sight.refused.promises += 1
+    return NO_ROOM
 
 cdef int pool_init(pool_t *pool, int64_t num_blocks, int64_t block_size, bint paged, int64_t budget,
                    int64_t num_marks) noexcept nogil

@@ -39,6 +39,7 @@ from kvcache._pool cimport (
     place_of,
     pool_t,
     refresh,
+    refuse,
     release_mine,
     reserve_for_holds,
     reserve_table,
@@ -154,10 +155,10 @@ cdef status_t admit(pool_t *pool, int64_t tokens, int64_t limit, bint patient, h
     cdef status_t status
     cdef int32_t who
     if over_budget(pool, blocks + claim):
-        return NO_ROOM
+        return refuse(pool, blocks)
     status = find_room(pool, blocks)
     if status != OK:
-        return status
+        return refuse(pool, blocks) if status == NO_ROOM else status
     who = next_place(pool, blocks)
     if who == NOWHERE:
         return NO_MEMORY
@@ -176,6 +177,7 @@ cdef status_t admit(pool_t *pool, int64_t tokens, int64_t limit, bint patient, h
     pool.claims += claim
     refresh(pool, who)
     note_peak(pool)
+    pool.sight.admissions += 1
     pool.changes += 1
     return OK
 
@@ -220,6 +222,7 @@ cdef status_t retire(pool_t *pool, handle_t handle) noexcept nogil:
     pool.claims -= growth_of(&pool.space, seq)
     drop_tail(pool, who, 0)
     leave(pool, who)
+    pool.sight.frees += 1
     pool.changes += 1
     return OK
 
@@ -248,6 +251,7 @@ cdef status_t append(pool_t *pool, int32_t who, int64_t count, bint patient) noe
     cdef int64_t need
     cdef status_t status = OK
     if count > seq.limit - hot.tokens:
+        pool.sight.refused.past_limit += 1
         return PAST_LIMIT
     if count == 0:
         return OK
@@ -257,6 +261,7 @@ cdef status_t append(pool_t *pool, int32_t who, int64_t count, bint patient) noe
             return NO_ROOM if find_room(pool, need) == NO_ROOM else HELD
         status = grow_paged(pool, who, need, patient) if pool.paged else grow_run(pool, who, need, patient)
         if status != OK:
+            pool.sight.refused.growth += status == NO_ROOM
             return status
         hot = &pool.space.hot[who]  # the table may have grown
     hot.tokens += <int32_t>count
@@ -378,7 +383,7 @@ cdef status_t cut(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil:
         return NO_MEMORY
     if pool.paged:
         if over_budget_after_cut(pool, who, tokens):
-            return NO_ROOM
+            return refuse(pool, 0)
         will = is_writer(pool, who, tokens, seq.limit) and pool.refs[seq.table[keep - 1]] > 1
         was = dropped == 0 and is_writer(pool, who, hot.tokens, seq.limit)
         drop_tail(pool, who, keep)
@@ -395,6 +400,7 @@ cdef status_t cut(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil:
     lower_marks(pool, who, tokens)
     forget_written(pool, who, tokens)
     refresh(pool, who)
+    note_peak(pool)
     pool.changes += 1
     return OK
 
@@ -414,12 +420,13 @@ cdef status_t change_limit(pool_t *pool, int32_t who, int64_t limit) noexcept no
         copies = (copies_of(pool.refs[tail], pool.writers[tail] + writers)
                   - copies_of(pool.refs[tail], pool.writers[tail]))
     if more + copies > 0 and over_budget(pool, more + copies):
-        return NO_ROOM
+        return refuse(pool, 0)
     if writers:
         change_holders(pool, tail, 0, writers)
     pool.claims += more
     seq.limit = <int32_t>limit
     refresh(pool, who)
+    note_peak(pool)
     pool.changes += 1
     return OK
 
@@ -487,7 +494,7 @@ cdef status_t split(pool_t *pool, handle_t parent, bint patient, handle_t *child
         return NO_MEMORY
     status = share_blocks(pool, who, twin, claim)
     if status != OK:
-        return status
+        return refuse(pool, 0) if status == NO_ROOM else status
     enter_twin(pool, who, child)
     pool.space.seqs[twin].blocks = <int32_t>blocks
     pool.space.seqs[twin].breaks = pool.space.seqs[who].breaks
@@ -509,6 +516,7 @@ cdef void finish_twin(pool_t *pool, int32_t who, int32_t twin, int64_t claim) no
     refresh(pool, who)
     refresh(pool, twin)
     note_peak(pool)
+    pool.sight.admissions += 1
     pool.changes += 1
 
 
@@ -516,8 +524,8 @@ cdef status_t copy_run(pool_t *pool, int32_t who, int64_t claim, bint patient, h
     """Contiguous: the twin gets a run of its own, copied after whatever else had to move."""
     cdef int64_t blocks = held(&pool.space.seqs[who])
     cdef status_t status = find_room(pool, blocks)
-    if over_budget(pool, blocks + claim):
-        return NO_ROOM
+    if over_budget(pool, blocks + claim) or status == NO_ROOM:
+        return refuse(pool, blocks)
     if status != OK:
         return status
     if blocks and not patient:

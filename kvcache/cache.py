@@ -10,11 +10,14 @@ import sys
 from kvcache._alloc import CacheCore
 from kvcache._batch import BatchCore
 from kvcache.arena import make_arena
-from kvcache.errors import UnknownSequence
+from kvcache.block_map import image_of
+from kvcache.errors import KVCacheError, UnknownSequence
+from kvcache.health import Watch
 from kvcache.spec import KVCacheSpec
 from kvcache.stats import CacheStats, stats_text
 
 PLACEMENTS = ("contiguous", "paged")
+_new_stats = tuple.__new__  # of the namedtuple's fields, all of them
 
 
 class KVCache(CacheCore):
@@ -62,6 +65,8 @@ class KVCache(CacheCore):
     (True, False)
     """
 
+    _status = None  # who serves it, if anybody does
+
     def __init__(
         self,
         num_layers,
@@ -100,7 +105,9 @@ class KVCache(CacheCore):
         self.placement = placement
         self.overcommit = overcommit
         self.max_move_tokens = max_move_tokens
+        self._watch = Watch()
         self._layers = spec.layers
+        self._prices = spec.block_bytes, spec.bytes_per_token
         in_place = backend == "numpy" and all(layer.v_index is not None for layer in spec.layers)
         self._k, self._v = (tuple(arena.k), tuple(arena.v)) if in_place else ((), ())
 
@@ -121,6 +128,8 @@ class KVCache(CacheCore):
         of other threads; raises `CacheHeld` inside one of this thread's own.
         """
         super().close()
+        if self._status is not None:
+            self._status.close()
         self._k = self._v = ()
         self.arena.close()
 
@@ -257,7 +266,10 @@ class KVCache(CacheCore):
 
     def stats(self):
         """Every number at once: a `CacheStats`, which stays as it is."""
-        return CacheStats.of(self.spec, self._counters(), self.arena)
+        arena = self.arena
+        return _new_stats(
+            CacheStats, self._figures(*self._prices, arena.arena_copies, arena.library_memory())
+        )
 
     def dump_cache_stats(self, file=None):
         """Write the configuration, the state and one line per sequence to `file` (standard output by default)."""
@@ -269,6 +281,68 @@ class KVCache(CacheCore):
             except UnknownSequence:
                 continue  # freed by another thread since
         print(stats_text(self.spec, self.stats(), rows), file=sys.stdout if file is None else file)
+
+    def block_map_image(self, width=64, *, dark=False):
+        """The blocks as a picture: a pixel a block, `width` to a row, in the order of the arena.
+
+        Free blocks are white, or nearly black; each sequence has a colour; a block that several share has half its
+        holder's brightness; grey ones are free when the last hold ends. Pixels of the last row that are no block are
+        of a lighter grey, in a dark picture of a darker one.
+
+        Parameters
+        ----------
+        width : int
+        dark : bool
+
+        Returns
+        -------
+        array of uint8, ``(rows, width, 3)``
+        """
+        if as_index(width, "width") < 1:
+            raise ValueError(f"width must be at least 1, not {width}")
+        return image_of(self._owners(), as_index(width, "width"), bool(dark))
+
+    def check_health(self):
+        """What an operator should hear of: a tuple of `Finding`, told to the logger ``kvcache`` once a minute each.
+
+        High fragmentation in paged placement, promises above 90 %, and arrays of the arena that MLX has copied. Called
+        by whoever exports metrics or the status, never by the calls that serve.
+        """
+        return self._watch.look(self)
+
+    def serve_status(self, host="127.0.0.1", port=0, *, pid_file=None, any_host=False):
+        """Let `kvcache top` look at this cache: its state as JSON over HTTP, read-only, from a daemon thread.
+
+        Parameters
+        ----------
+        host : str
+            A loopback address, unless `any_host`: there is no password.
+        port : int
+            0 for any that is free.
+        pid_file : path, optional
+            Where to write process id and address; removed at the end.
+        any_host : bool
+            Whether other machines may ask.
+
+        Returns
+        -------
+        StatusServer
+            With `address`, and `close`; closing the cache closes it.
+
+        Raises
+        ------
+        KVCacheError
+            It is served already.
+        OSError, ValueError
+            It cannot listen there, or should not.
+        """
+        from kvcache.status import StatusServer
+
+        self._require_open()
+        if self._status is not None and not self._status.closed:
+            raise KVCacheError(f"the status is served already, at {self._status.address}")
+        self._status = StatusServer(self, host, port, pid_file, any_host)
+        return self._status
 
 
 class DecodeBatch(BatchCore):

@@ -12,6 +12,7 @@ from kvcache.cli_arguments import UsageError
 from kvcache.cli_demo import add_demo
 from kvcache.cli_plan import add_plan
 from kvcache.cli_replay import add_replay
+from kvcache.cli_top import add_top
 from kvcache.errors import KVCacheError
 
 
@@ -48,6 +49,7 @@ def _parser():
     add_demo(commands)
     add_replay(commands)
     add_plan(commands)
+    add_top(commands)
     return parser
 
 

@@ -3,10 +3,15 @@
 from typing import NamedTuple
 
 MB = 1024 * 1024
+LATENCY_BOUNDS = tuple(4**power / 1e6 for power in range(12))  # seconds: 1 µs to 4.2 s
+NOT_COMPARED = 17  # fields at the end, after waiting_blocks
 
 
 class CacheStats(NamedTuple):
-    """One moment of a cache. Equal to another as long as nothing has changed; MLX's memory takes no part in that.
+    """One moment of a cache. Equal to another as long as nothing has changed.
+
+    Counts of admissions, frees and refusals, latencies, MLX's memory, and peaks other than `peak_used_blocks` take no
+    part in that.
 
     Attributes
     ----------
@@ -33,6 +38,25 @@ class CacheStats(NamedTuple):
         The most used tokens that one call has moved.
     arena_copies : int
         Times that MLX copied a whole plane where it should have written in place.
+    waiting_blocks : int
+        Of the used blocks, those that nobody has any more: free when the last hold ends.
+    peak_sequences, peak_claimed_blocks : int
+        The most since the start, as `peak_used_blocks`.
+    recent_peak_used_blocks, recent_peak_sequences, recent_peak_claimed_blocks : int
+        The most since the last `reset_peaks()`.
+    admissions, frees : int
+        Sequences that have begun, forks included, and that have ended.
+    refused_arena_full, refused_promises : int
+        Admissions and forks that did not fit: too few blocks were free, or the free ones were promised to others.
+        Among the latter are new limits and cuts that were refused.
+    refused_growth, refused_past_limit : int
+        Appends that found no block (with `overcommit` above 1 only), and appends beyond the sequence's limit.
+    admission_latencies : tuple of int
+        Admissions by how long they took: for each of `LATENCY_BOUNDS` those within it and beyond the one before, then
+        those beyond the last. Who was admitted at once, without a wait or a move, is not timed and counted as
+        within the first bound.
+    admission_seconds : float
+        What those that were timed took, together.
     mlx_active_bytes, mlx_peak_bytes, mlx_cache_bytes : int
         MLX's memory in this process, the arena included; 0 with other backends.
     """
@@ -57,41 +81,26 @@ class CacheStats(NamedTuple):
     heals: int
     longest_pause_tokens: int
     arena_copies: int
+    waiting_blocks: int
+    peak_sequences: int
+    peak_claimed_blocks: int
+    recent_peak_used_blocks: int
+    recent_peak_sequences: int
+    recent_peak_claimed_blocks: int
+    admissions: int
+    frees: int
+    refused_arena_full: int
+    refused_promises: int
+    refused_growth: int
+    refused_past_limit: int
+    admission_latencies: tuple[int, ...]
+    admission_seconds: float
     mlx_active_bytes: int
     mlx_peak_bytes: int
     mlx_cache_bytes: int
 
-    @classmethod
-    def of(cls, spec, counters, arena):
-        """From the pool's counters, taken in one go, and what the arena knows."""
-        live, free, largest, claimed, peak, moves, moved, copied, spills, heals, pause = counters
-        used = spec.num_blocks - free
-        return cls(
-            live,
-            spec.num_blocks,
-            used,
-            free,
-            0,
-            claimed,
-            largest,
-            1 - largest / free if free else 0.0,
-            used * spec.block_bytes,
-            free * spec.block_bytes,
-            spec.arena_bytes,
-            peak,
-            moves,
-            moved,
-            moved * spec.bytes_per_token,
-            copied,
-            spills,
-            heals,
-            pause,
-            arena.arena_copies,
-            *arena.library_memory(),
-        )
-
     def _compared(self):
-        return tuple(self)[:-3]
+        return tuple(self)[:-NOT_COMPARED]
 
     def __eq__(self, other):
         return self._compared() == other._compared() if isinstance(other, CacheStats) else NotImplemented

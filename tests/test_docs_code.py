@@ -22,7 +22,7 @@ import kvcache
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-OPTIONAL = ("mlx_lm", "mlx", "ml_dtypes", "rich")
+OPTIONAL = ("mlx_lm", "mlx", "ml_dtypes", "rich", "prometheus_client", "opentelemetry", "matplotlib")
 NEEDED = {"demo": ("mlx_lm",), "plan": ("rich",), "replay": ("joblib", "matplotlib", "rich")}  # by a command
 FENCE = re.compile(
     r"^(?P<lead> *(?:(?:[-*+]|\d+\.) +)?)(?P<ticks>```+) *(?:\{[\w-]+\} *)?(?P<language>[\w-]*)"

@@ -18,9 +18,11 @@ RANKS = {
     "cli_demo": 5,
     "cli_plan": 5,
     "cli_replay": 5,
+    "cli_top": 5,
     "mlx_lm": 5,
     "mlx_rows": 5,
     "mlx_sequence": 5,
+    "metrics": 4,
     "demo": 4,
     "demo_view": 4,
     "plan_record": 4,
@@ -34,12 +36,16 @@ RANKS = {
     "replay_plot": 4,
     "replay_sweep": 4,
     "replay_view": 4,
+    "top_view": 4,
     "workloads": 4,
     "trace_forms": 3,
     "traces": 3,
     "cache": 3,
+    "health": 3,
+    "status": 3,
     "stats": 3,
     "arena": 2,
+    "block_map": 2,
     "memory": 2,
     "costs": 2,
     "model_weights": 2,
@@ -59,6 +65,7 @@ RANKS = {
     "_scatter": 1,
     "_sequences": 1,
     "_sharing": 1,
+    "_sight": 1,
     "_slides": 1,
     "_space": 1,
     "_windows": 1,
@@ -78,7 +85,18 @@ RANKS = {
 DOORS = {"_alloc", "_batch", "_copy", "_runs"}  # the other native modules are closed to the ranks above
 ROOMS = {name for name, rank in RANKS.items() if rank == 1} - DOORS
 ONLY_IMPORTER = {"mlx_lm": "mlx_lm"}  # outside package -> the one module that may import it
-OPTIONAL = ("mlx", "mlx_lm", "ml_dtypes", "rich", "typer", "matplotlib", "joblib", "distributed")
+OPTIONAL = (
+    "mlx",
+    "mlx_lm",
+    "ml_dtypes",
+    "rich",
+    "typer",
+    "matplotlib",
+    "joblib",
+    "distributed",
+    "prometheus_client",
+    "opentelemetry",
+)
 
 CIMPORT = re.compile(r"^\s*from\s+([\w.]+)\s+c?import\s+(\(?[\w ,]*)|^\s*c?import\s+([\w., ]+)", re.MULTILINE)
 

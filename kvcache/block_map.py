@@ -1,0 +1,72 @@
+"""The blocks of an arena as a picture: who holds which."""
+
+import numpy as np
+
+FREE = -1
+WAITING = -2  # let go under a hold that has not ended
+SHARED = 1 << 30  # beside the place of one holder: the block has several
+
+GOLDEN = 0.6180339887498949  # hues a golden section of the circle apart: neighbours are far from each other
+PLASTIC = 0.7548776662466927  # and paler or stronger by as even a sequence
+GROUNDS = {False: (255, 255, 255), True: (18, 18, 20)}  # of free blocks, by whether the picture is dark
+BEYOND = {False: (206, 206, 206), True: (60, 60, 62)}  # pixels of the last row that are no block
+HELD_BACK = (128, 128, 128)
+
+
+def colours_of(places):
+    """An RGB colour for each place of the table, the same for as long as a sequence has it.
+
+    Parameters
+    ----------
+    places : array of int
+
+    Returns
+    -------
+    array of uint8, ``(len(places), 3)``
+    """
+    places = np.asarray(places)
+    hue = places * GOLDEN % 1.0 * 6.0
+    least = (0.05 + 0.45 * (places * PLASTIC % 1.0))[:, None]
+    distance = np.abs((hue[:, None] - np.array([0.0, 2.0, 4.0]) + 3.0) % 6.0 - 3.0)
+    return np.round(230 * np.clip(2.0 - distance, least, 1.0)).astype(np.uint8)
+
+
+def image_of(owners, width, dark):
+    """A pixel a block, `width` to a row.
+
+    Parameters
+    ----------
+    owners : array of int32
+        Of each block the place of its holder, `SHARED` beside it, or `FREE` or `WAITING`.
+    width : int
+    dark : bool
+
+    Returns
+    -------
+    array of uint8, ``(rows, width, 3)``
+    """
+    rows = -(-owners.size // width)
+    image = np.empty((rows * width, 3), np.uint8)
+    image[owners.size :] = BEYOND[dark]
+    pixels = image[: owners.size]
+    pixels[owners == FREE] = GROUNDS[dark]
+    pixels[owners == WAITING] = HELD_BACK
+    held = np.flatnonzero(owners >= 0)
+    places = owners[held] & ~SHARED
+    pixels[held] = colours_of(np.arange(places.max(initial=-1) + 1))[places]
+    pixels[owners >= SHARED] //= 2
+    return image.reshape(rows, width, 3)
+
+
+def cells_of(owners, most):
+    """The blocks in at most so many equal cells: of each the holder of one of its blocks, a shared one first.
+
+    Returns
+    -------
+    int, array of int32
+        Blocks to a cell, and the cells, in the terms of `owners`.
+    """
+    per_cell = -(-owners.size // most)
+    padded = np.full(-(-owners.size // per_cell) * per_cell, WAITING, np.int32)
+    padded[: owners.size] = owners
+    return per_cell, padded.reshape(-1, per_cell).max(axis=1)

@@ -1,0 +1,112 @@
+"""What an operator should hear of, told to the logger ``kvcache``, each thing once a while."""
+
+import logging
+import threading
+import time
+from typing import NamedTuple
+
+ACCEPTABLE_FRAGMENTATION = 0.2  # the guide's checklist
+HIGH_FRAGMENTATION = 0.5  # the guide's warning
+MOST_PROMISED = 0.9
+REPEAT_SECONDS = 60.0
+
+LOGGER = logging.getLogger("kvcache")
+
+
+class Finding(NamedTuple):
+    """Something that is not as it should be.
+
+    Attributes
+    ----------
+    kind : str
+        ``"fragmentation"``, ``"promises"`` or ``"arena_copies"``.
+    level : int
+        Of `logging`.
+    message : str
+    """
+
+    kind: str
+    level: int
+    message: str
+
+
+class Watch:
+    """Looks at a cache when it is asked to, and tells the logger what it finds.
+
+    Parameters
+    ----------
+    every : float
+        Seconds that a kind of finding is not told again.
+    clock : callable
+        Seconds, never backwards.
+    """
+
+    def __init__(self, every=REPEAT_SECONDS, clock=time.monotonic):
+        self._every = every
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._told = {}  # kind -> when it was told last
+        self._unsaid = {}  # kind -> how often it has been found since
+        self._copies = 0
+
+    def look(self, cache):
+        """What there is to find now; what has not been told for a while goes to the logger.
+
+        Returns
+        -------
+        tuple of Finding
+        """
+        stats = cache.stats()
+        with self._lock:
+            copies, self._copies = self._copies, max(self._copies, stats.arena_copies)
+            found = tuple(_findings(stats, cache.placement, cache.overcommit, copies))
+            due = [(finding, self._since(finding.kind)) for finding in found if self._is_due(finding.kind)]
+        for finding, unsaid in due:
+            again = f" (found {unsaid} more times since it was last told)" if unsaid else ""
+            LOGGER.log(finding.level, "%s%s", finding.message, again)
+        return found
+
+    def _is_due(self, kind):
+        now = self._clock()
+        if kind in self._told and now - self._told[kind] < self._every:
+            self._unsaid[kind] = self._unsaid.get(kind, 0) + 1
+            return False
+        self._told[kind] = now
+        return True
+
+    def _since(self, kind):
+        return self._unsaid.pop(kind, 0)
+
+
+def promised_part(stats, overcommit):
+    """How much of what may be promised is held or claimed: 0 to 1, 0 where there is no bound."""
+    return (stats.used_blocks - stats.waiting_blocks + stats.claimed_blocks) / (
+        overcommit * stats.total_blocks
+    )
+
+
+def _findings(stats, placement, overcommit, copies):
+    """`copies` are the arena copies that are known already."""
+    if placement == "paged" and stats.fragmentation > ACCEPTABLE_FRAGMENTATION:
+        high = stats.fragmentation > HIGH_FRAGMENTATION
+        yield Finding(
+            "fragmentation",
+            logging.WARNING if high else logging.INFO,
+            f"fragmentation is {stats.fragmentation:.2f}: the longest run of free blocks has "
+            f"{stats.largest_free_run} of {stats.free_blocks}; views of new sequences are gathered copies",
+        )
+    promised = promised_part(stats, overcommit)
+    if promised > MOST_PROMISED:
+        yield Finding(
+            "promises",
+            logging.WARNING,
+            f"{promised:.0%} of what may be promised is: {stats.used_blocks} blocks used, "
+            f"{stats.claimed_blocks} claimed of {stats.total_blocks}; newcomers will be refused",
+        )
+    if stats.arena_copies > copies:
+        yield Finding(
+            "arena_copies",
+            logging.WARNING,
+            f"MLX copied an array of the arena instead of writing in place, {stats.arena_copies} times so far: "
+            "something else holds it, a view kept across steps as a rule",
+        )

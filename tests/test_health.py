@@ -1,0 +1,122 @@
+"""What an operator hears of through `logging`, and how often."""
+
+import logging
+import math
+import types
+
+import pytest
+
+from kvcache import CacheClosed
+from kvcache.health import Watch
+
+
+@pytest.fixture
+def told(caplog):
+    caplog.set_level(logging.INFO, logger="kvcache")
+    return lambda: [(record.levelname, record.getMessage()) for record in caplog.records]
+
+
+def scattered(cache, every):
+    """Live sequences of a block each, all but one in `every` of them freed, from the first on."""
+    for number in range(16):
+        cache.allocate_for(number, 4)
+    for number in range(16):
+        if number % every:
+            cache.free_for(number)
+
+
+def kinds(findings):
+    return [finding.kind for finding in findings]
+
+
+def test_a_healthy_cache_is_not_spoken_of(make_cache, told):
+    cache = make_cache(placement="paged")
+    cache.allocate_for("a", 20)
+    assert cache.check_health() == () and told() == []
+
+
+def test_high_fragmentation_in_paged_placement_is_a_warning(make_cache, told):
+    cache = make_cache(placement="paged")
+    scattered(cache, 2)
+    assert kinds(cache.check_health()) == ["fragmentation"]
+    ((level, message),) = told()
+    assert level == "WARNING" and "0.88" in message and "1 of 8" in message
+
+
+def test_fragmentation_above_what_is_acceptable_is_mentioned(make_cache, told):
+    cache = make_cache(placement="paged")
+    for number in range(16):
+        cache.allocate_for(number, 4)
+    for number in (*range(4, 10), 12, 14):
+        cache.free_for(number)
+    assert cache.stats().fragmentation == 0.25
+    cache.check_health()
+    assert [level for level, _ in told()] == ["INFO"]
+
+
+def test_gaps_between_runs_are_nothing_to_speak_of(make_cache, told):
+    cache = make_cache()
+    scattered(cache, 2)
+    assert cache.check_health() == () and told() == []
+
+
+def test_promises_above_nine_tenths_are_a_warning(make_cache, told):
+    cache = make_cache()
+    cache.allocate_for("a", 4, max_tokens=57)  # 15 of 16 blocks
+    assert kinds(cache.check_health()) == ["promises"]
+    assert "94%" in told()[0][1]
+
+
+def test_promises_are_measured_by_what_may_be_promised(make_cache):
+    cache = make_cache(overcommit=2.0)
+    cache.allocate_for("a", 4, max_tokens=60)
+    assert cache.check_health() == ()
+    without = make_cache(overcommit=math.inf)
+    without.allocate_for("a", 64)
+    assert without.check_health() == ()
+
+
+def test_a_copy_of_the_arena_is_told_once_for_each_that_is_new(make_cache, told):
+    cache = make_cache()
+    watch, now = watched()
+    stats = cache.stats()
+    fake = types.SimpleNamespace(placement="contiguous", overcommit=1.0)
+    for copies, found in ((1, True), (1, False), (3, True)):
+        fake.stats = lambda copies=copies: stats._replace(arena_copies=copies)
+        assert bool(watch.look(fake)) is found
+        now[0] += 100
+    assert ["1 times" in told()[0][1], "3 times" in told()[1][1], len(told())] == [True, True, 2]
+
+
+def watched(every=60.0):
+    now = [0.0]
+    return Watch(every, clock=lambda: now[0]), now
+
+
+def test_the_same_is_not_told_again_for_a_while(make_cache, told):
+    cache = make_cache()
+    cache.allocate_for("a", 64)
+    watch, now = watched()
+    for second in (0.0, 1.0, 59.0, 60.0, 61.0):
+        now[0] = second
+        assert kinds(watch.look(cache)) == ["promises"]
+    assert len(told()) == 2
+    assert told()[1][1].endswith("(found 2 more times since it was last told)")
+
+
+def test_kinds_do_not_silence_each_other(make_cache, told):
+    cache = make_cache(placement="paged", overcommit=1.0)
+    watch, _ = watched()
+    cache.allocate_for("a", 4, max_tokens=64)
+    watch.look(cache)
+    cache.free_for("a")
+    scattered(cache, 2)
+    watch.look(cache)
+    assert len(told()) == 2
+
+
+def test_a_closed_cache_says_so(make_cache):
+    cache = make_cache()
+    cache.close()
+    with pytest.raises(CacheClosed):
+        cache.check_health()

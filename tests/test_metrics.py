@@ -1,0 +1,295 @@
+"""What Prometheus and OpenTelemetry are told: one table, read when somebody scrapes."""
+
+import gc
+import json
+import re
+import threading
+from pathlib import Path
+
+import pytest
+
+from kvcache import metrics
+from kvcache.metrics import (
+    COUNTER,
+    GAUGE,
+    HISTOGRAM,
+    METRICS,
+    PROCESS_METRICS,
+    SUFFIXES,
+    CacheMetrics,
+    Metric,
+)
+
+prometheus_client = pytest.importorskip("prometheus_client")
+
+DOCS = Path(__file__).parents[1] / "docs"
+EVERY = (*METRICS, *PROCESS_METRICS)
+
+
+@pytest.fixture
+def registry():
+    return prometheus_client.CollectorRegistry()
+
+
+def scraped(registry):
+    """Every sample: (name, labels) -> value."""
+    return {
+        (sample.name, *sorted(sample.labels.items())): sample.value
+        for family in registry.collect()
+        for sample in family.samples
+    }
+
+
+def exported_names():
+    """Every name that a query may use."""
+    for metric in EVERY:
+        if metric.kind == HISTOGRAM:
+            yield from (f"{metric.prometheus_name}_{part}" for part in ("bucket", "count", "sum"))
+        else:
+            yield metric.prometheus_name
+
+
+# ---- Prometheus
+
+
+def test_a_scrape_says_what_stats_says(make_cache, registry):
+    cache = make_cache()
+    cache.allocate_for("a", 9, max_tokens=20)
+    assert cache.allocate_for("b", 60) is None
+    metrics.register(cache, "main", registry)
+    seen = scraped(registry)
+    label = ("cache", "main")
+    assert seen["kvcache_blocks_used", label] == 3
+    assert seen["kvcache_blocks_claimed", label] == 2
+    assert seen["kvcache_memory_used_bytes", label] == cache.total_allocated
+    assert seen["kvcache_refusals_total", label, ("cause", "arena_full")] == 1
+    assert seen["kvcache_admissions_total", label] == 1
+    assert seen["kvcache_promised_ratio", label] == 5 / 16
+    assert seen["kvcache_mlx_active_bytes",] == 0
+
+
+def test_the_latencies_are_a_histogram_that_sums_up(make_cache, registry):
+    cache = make_cache()
+    for number in range(16):
+        cache.allocate_for(number, 4)
+    for number in range(0, 16, 2):
+        cache.free_for(number)
+    cache.allocate_for("large", 32)  # moves the others
+    metrics.register(cache, "main", registry)
+    seen = scraped(registry)
+    name, label = "kvcache_admission_duration_seconds", ("cache", "main")
+    buckets = [value for key, value in seen.items() if key[0] == f"{name}_bucket"]
+    assert buckets == sorted(buckets) and len(buckets) == 13
+    assert seen[f"{name}_bucket", label, ("le", "+Inf")] == seen[f"{name}_count", label] == 17
+    assert seen[f"{name}_sum", label] == cache.stats().admission_seconds > 0
+
+
+def test_two_caches_have_a_label_each(make_cache, registry):
+    one, other = make_cache(), make_cache()
+    one.allocate_for("a", 4)
+    assert metrics.register(one, "one", registry) is metrics.register(other, "other", registry)
+    seen = scraped(registry)
+    assert seen["kvcache_sequences", ("cache", "one")] == 1
+    assert seen["kvcache_sequences", ("cache", "other")] == 0
+
+
+def test_a_name_that_is_taken_is_refused_until_its_cache_is_closed(make_cache, registry):
+    one, other = make_cache(), make_cache()
+    metrics.register(one, "main", registry)
+    metrics.register(one, "main", registry)
+    with pytest.raises(ValueError, match="'main' is exported already"):
+        metrics.register(other, "main", registry)
+    one.close()
+    metrics.register(other, "main", registry)
+    assert ("kvcache_sequences", ("cache", "main")) in scraped(registry)
+
+
+def test_a_closed_cache_is_skipped(make_cache, registry):
+    cache, other = make_cache(), make_cache()
+    metrics.register(cache, "main", registry)
+    metrics.register(other, "other", registry)
+    cache.close()
+    assert {key[1] for key in scraped(registry) if len(key) > 1} == {("cache", "other")}
+
+
+def test_nothing_is_left_when_all_are_closed(make_cache, registry):
+    cache = make_cache()
+    metrics.register(cache, "main", registry)
+    cache.close()
+    assert scraped(registry) == {}
+
+
+def test_a_cache_that_is_no_longer_exported_is_gone(make_cache, registry):
+    cache = make_cache()
+    metrics.register(cache, "main", registry)
+    assert metrics.unregister("main", registry)
+    assert not metrics.unregister("main", registry)
+    assert scraped(registry) == {}
+
+
+def test_exporting_a_cache_does_not_keep_it(registry):
+    from kvcache import KVCache
+
+    metrics.register(KVCache(2, 2, 4, 64, 4), "main", registry)
+    gc.collect()
+    assert scraped(registry) == {}
+
+
+def test_the_text_is_what_a_server_sends(make_cache, registry):
+    from prometheus_client.parser import text_string_to_metric_families
+
+    cache = make_cache()
+    metrics.register(cache, "main", registry)
+    text = prometheus_client.generate_latest(registry).decode()
+    kinds = {family.name: family.type for family in text_string_to_metric_families(text)}
+    for metric in EVERY:
+        assert kinds[metric.prometheus_name.removesuffix("_total")] == metric.kind
+
+
+def test_scraping_while_others_work_is_safe(make_cache, registry):
+    cache = make_cache()
+    metrics.register(cache, "main", registry)
+    wrong, done = [], threading.Event()
+
+    def scrape():
+        while not done.is_set():
+            seen = scraped(registry)
+            label = ("cache", "main")
+            if seen["kvcache_blocks_used", label] + seen["kvcache_blocks_free", label] != 16:
+                wrong.append(seen)
+
+    thread = threading.Thread(target=scrape)
+    thread.start()
+    for _ in range(2000):
+        cache.allocate_for("a", 20)
+        cache.free_for("a")
+    done.set()
+    thread.join()
+    assert wrong == []
+
+
+def test_queues_and_the_like_may_stand_beside_the_caches(make_cache, registry, telemetry):
+    provider, collect = telemetry
+    rows = [Metric("kvcache.queue.length", GAUGE, "{request}", "Requests that wait.", "", lambda now: now)]
+    metrics.register(make_cache(), "main", registry).extend(rows, lambda: {"main": 7})
+    assert scraped(registry)["kvcache_queue_length", ("cache", "main")] == 7
+    exported = CacheMetrics()
+    exported.extend(rows, lambda: {"main": 8})
+    metrics.instrument(make_cache(), "main", provider, exported)
+    assert collect()["kvcache.queue.length", ("cache", "main")] == 8
+
+
+# ---- names
+
+
+def test_names_and_units_follow_the_conventions():
+    names = [metric.prometheus_name for metric in EVERY]
+    assert len(set(names)) == len(names)
+    for metric in EVERY:
+        name = metric.prometheus_name
+        assert re.fullmatch(r"kvcache_[a-z_]+[a-z]", name)
+        assert name.endswith("_total") == (metric.kind == COUNTER)
+        assert SUFFIXES.get(metric.unit, "") in name
+        assert metric.help.endswith(".") and metric.kind in (GAUGE, COUNTER, HISTOGRAM)
+        assert metric.unit in SUFFIXES or re.fullmatch(r"\{[a-z]+\}", metric.unit)
+
+
+def test_every_metric_is_in_the_manual():
+    page = (DOCS / "monitoring.md").read_text()
+    listed = set(re.findall(r"^\| `(kvcache_\w+)`", page, re.MULTILINE))
+    assert listed == {metric.prometheus_name for metric in EVERY}
+
+
+def test_every_query_of_the_dashboard_names_exported_metrics():
+    dashboard = json.loads((DOCS / "grafana" / "kvcache.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+    queries += [
+        variable["query"]["query"] for variable in dashboard["templating"]["list"] if "query" in variable
+        and isinstance(variable["query"], dict)
+    ]  # fmt: skip
+    assert len(queries) > 15
+    names = set(exported_names())
+    for query in queries:
+        used = set(re.findall(r"\bkvcache_\w+", query))
+        assert used and used <= names, query
+
+
+def test_panels_of_the_dashboard_do_not_overlap():
+    dashboard = json.loads((DOCS / "grafana" / "kvcache.json").read_text())
+    taken = set()
+    for panel in dashboard["panels"]:
+        place = panel["gridPos"]
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert not cells & taken and place["x"] + place["w"] <= 24
+        taken |= cells
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+# ---- OpenTelemetry
+
+
+@pytest.fixture
+def telemetry():
+    sdk = pytest.importorskip("opentelemetry.sdk.metrics")
+    from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+
+    reader = InMemoryMetricReader()
+    provider = sdk.MeterProvider([reader], shutdown_on_exit=False)
+
+    def collect():
+        """Every point: (name, attributes) -> value."""
+        data = reader.get_metrics_data()
+        scopes = data.resource_metrics[0].scope_metrics if data else ()
+        return {
+            (metric.name, *sorted(point.attributes.items())): point.value
+            for scope in scopes
+            for metric in scope.metrics
+            for point in metric.data.data_points
+        }
+
+    yield provider, collect
+    provider.shutdown()
+
+
+def test_opentelemetry_is_told_the_same(make_cache, registry, telemetry):
+    provider, collect = telemetry
+    cache = make_cache()
+    cache.allocate_for("a", 9, max_tokens=20)
+    metrics.register(cache, "main", registry)
+    metrics.instrument(cache, "main", provider)
+    points, samples = collect(), scraped(registry)
+    for metric in METRICS:
+        if metric.kind != HISTOGRAM:
+            told = {key[1:]: value for key, value in points.items() if key[0] == metric.name}
+            assert told and told == {
+                key[1:]: value for key, value in samples.items() if key[0] == metric.prometheus_name
+            }
+    name, label = "kvcache.admission.duration", ("cache", "main")
+    assert points[f"{name}.bucket", label, ("le", "1e-06")] == points[f"{name}.count", label] == 1
+
+
+def test_opentelemetry_skips_a_closed_cache_and_takes_a_second(make_cache, telemetry):
+    provider, collect = telemetry
+    one, other = make_cache(), make_cache()
+    exported = metrics.instrument(one, "one", provider)
+    assert metrics.instrument(other, "other", provider, metrics=exported) is exported
+    assert {value for key in collect() for name, value in key[1:] if name == "cache"} == {"one", "other"}
+    one.close()
+    exported.unregister("other")
+    assert collect() == {}
+
+
+def test_instruments_of_one_collection_see_one_moment(make_cache):
+    cache = make_cache()
+    now = [0.0]
+    exported = CacheMetrics(clock=lambda: now[0])
+    exported.register(cache, "main")
+    seen = exported.moment()
+    cache.allocate_for("a", 4)
+    assert exported.moment() is seen
+    now[0] = 1.0
+    assert exported.moment()["main"].stats.num_sequences == 1

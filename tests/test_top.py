@@ -1,0 +1,122 @@
+"""`kvcache top`, against a server on loopback."""
+
+import io
+import json
+import socket
+import threading
+
+import pytest
+
+from kvcache.cli import main
+from kvcache.status import snapshot
+
+pytest.importorskip("rich")
+
+
+@pytest.fixture
+def busy(make_cache):
+    cache = make_cache(placement="paged")
+    for name, tokens in (("req_1", 9), ("req_2", 17)):
+        cache.allocate_for(name, tokens)
+    cache.fork("req_1", "twin")
+    cache.allocate_for("hopeless", 64)
+    return cache
+
+
+def pictured(now, last=None, width=80):
+    from rich.console import Console
+
+    from kvcache.top_view import frame
+
+    console = Console(file=io.StringIO(), width=width)
+    console.print(frame(now, last, width))
+    return console.file.getvalue()
+
+
+def test_a_single_picture_where_there_is_no_terminal(busy, capsys):
+    assert main(["top", busy.serve_status().address]) == 0
+    text = capsys.readouterr().out
+    for part in ("8 of 16 blocks", "req_2", "twin", "refused: arena full", "paged"):
+        assert part in text
+    assert text.count("▒") == 4  # three blocks, and the legend
+
+
+def test_the_address_is_found_through_the_file(busy, capsys, tmp_path):
+    busy.serve_status(pid_file=tmp_path / "pid")
+    assert main(["top", "--pid-file", str(tmp_path / "pid"), "--frames", "2", "--interval", "0.1"]) == 0
+    assert "req_1" in capsys.readouterr().out
+
+
+def test_json_is_the_snapshot(busy, capsys):
+    assert main(["top", busy.serve_status().address, "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) == set(snapshot(busy))
+
+
+def test_rates_are_differences_over_time(busy):
+    last = snapshot(busy)
+    busy.free_for("twin")
+    for _ in range(5):
+        busy.allocate_for("a", 4)
+        busy.free_for("a")
+    now = snapshot(busy) | {"seconds": last["seconds"] + 2.0}
+    text = pictured(now, last)
+    words = [line.split() for line in text.splitlines()]
+    rates = {line[1]: line[3] for line in words if len(line) > 3}
+    assert (rates["admitted"], rates["freed"], rates["moves"]) == ("2.5", "3.0", "0.0")
+
+
+def test_ids_cannot_write_to_the_terminal(make_cache):
+    cache = make_cache()
+    cache.allocate_for("\x1b[2J\x07[red]x", 4)
+    text = pictured(snapshot(cache))
+    assert "\x1b" not in text and "\x07" not in text and "?[2J?[red]x" in text
+
+
+def test_it_fits_into_a_narrow_terminal(busy):
+    assert max(map(len, pictured(snapshot(busy), width=40).splitlines())) <= 40
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["here"],
+        ["127.0.0.1:"],
+        ["127.0.0.1:99999"],
+        ["127.0.0.1:1", "--pid-file", "x"],
+        ["--pid-file", "gone"],
+    ],
+    ids=["nothing", "no port", "empty port", "large port", "both", "no file"],
+)
+def test_what_is_no_address_is_bad_usage(arguments, capsys):
+    assert main(["top", *arguments]) == 2
+    assert capsys.readouterr().err.startswith("kvcache: ")
+
+
+def test_nobody_there_is_said(make_cache, capsys):
+    server = make_cache().serve_status()
+    server.close()
+    assert main(["top", server.address]) == 2
+    assert "does not answer" in capsys.readouterr().err
+
+
+HEAD = b"HTTP/1.0 200 OK\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "answer", [b"hello\r\n", HEAD + b"[1]", HEAD + b"nonsense", HEAD + b'{"kvcache": "9"}', HEAD]
+)
+def test_somebody_else_there_is_said(answer, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve():
+            client, _ = listener.accept()
+            with client:
+                client.recv(65536)
+                client.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        assert main(["top", "{}:{}".format(*listener.getsockname())]) == 2
+        thread.join()
+    assert capsys.readouterr().err.startswith("kvcache: 127.0.0.1:")
