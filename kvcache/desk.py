@@ -65,8 +65,9 @@ class Turn:
 
 
 class Desk:
-    """Accounts, lines and the lock of an `AllocationQueue`; methods that begin with a verb run under the lock, but for
-    `_note`, `_release` and `_give_back`.
+    """Accounts, lines and the lock of a queue.
+
+    Its methods are called under the lock, but for `_note`, `_release`, `_submit`, `_give_back` and `_refusal`.
     """
 
     def __init__(self, cache, keep_free, patience, most_overtaken, tenants, tenant_limit, clock):
@@ -174,7 +175,7 @@ class Desk:
         return account
 
     def _drop_if_idle(self, account):
-        if account.name is not None and not account.sequences and not account.waiting:
+        if account is not None and account.name is not None and not account.sequences and not account.waiting:
             self._accounts.pop(account.name, None)
 
     # ---- granting
@@ -198,6 +199,7 @@ class Desk:
             lowest = min([self._least_of(waiter, each.min_tokens) for each in stages if isinstance(each, Reduce)],
                          default=waiter.limit)  # fmt: skip
             if self._is_hopeless(waiter, lowest):
+                self._drop_if_idle(waiter.tenant)
                 waiter.done, waiter.reason = True, "never_fits"
                 return
             self._ids[waiter.request_id] = waiter
@@ -284,6 +286,8 @@ class Desk:
         self._waiters.remove(waiter)
         if self._ids.get(waiter.request_id) is waiter:
             del self._ids[waiter.request_id]
+        if lease is None:
+            self._drop_if_idle(waiter.tenant)
         waiter.lease, waiter.error, waiter.reason, waiter.done = lease, error, reason, True
         self._woken.append(waiter)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from contextlib import suppress
 
 
 class Waiter:
@@ -59,10 +60,8 @@ class ThreadSleeper:
         self.gate.acquire(timeout=-1 if seconds is None else min(seconds, threading.TIMEOUT_MAX))
 
     def wake(self):
-        try:
+        with suppress(RuntimeError):  # woken before, and has not looked yet
             self.gate.release()
-        except RuntimeError:  # woken before, and has not looked yet
-            pass
         return True
 
 

@@ -22,6 +22,7 @@ RANKS = {
     "mlx_rows": 5,
     "mlx_sequence": 5,
     "admission": 4,
+    "course": 4,
     "desk": 4,
     "waiter": 4,
     "demo": 4,
