@@ -501,10 +501,10 @@ cdef class CacheCore:
         return self.answer(status, request_id)
 
     def _room(self):
-        """Blocks that are free, and blocks that may still be promised."""
+        """Blocks that are free, or will be when the holds have ended, and blocks that may still be promised."""
         self.known()
         self.lock_pool()
-        cdef int64_t there = self.pool.space.blocks.free_blocks
+        cdef int64_t there = self.pool.space.blocks.free_blocks + self.pool.limbo_blocks
         cdef int64_t unclaimed = self.pool.budget - held_blocks(&self.pool) - self.pool.claims
         pool_unlock(&self.pool)
         return there, unclaimed

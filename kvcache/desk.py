@@ -294,7 +294,7 @@ class Desk:
     def _wake_late(self):
         now = self._clock()
         late = [each for each in self._waiters if each.deadline is not None and each.deadline <= now]
-        self._woken += late
+        self._woken += sorted(late, key=lambda each: each.number)
 
     # ---- leaving
 

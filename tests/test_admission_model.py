@@ -99,9 +99,12 @@ class Twin:
                 each.overtaken += each in earlier
 
     def expire(self, now):
-        late = [each for each in self.waiting if each.deadline <= now]
-        self.refused += [each.name for each in late]
-        self.waiting = [each for each in self.waiting if each not in late]
+        """One after the other: what was kept for the first may be what the second gets."""
+        for each in [each for each in self.waiting if each.deadline <= now]:
+            if each in self.waiting:
+                self.refused.append(each.name)
+                self.waiting.remove(each)
+                self.grant(now)
 
 
 class QueueAgainstTwin(RuleBasedStateMachine):
@@ -180,7 +183,6 @@ class QueueAgainstTwin(RuleBasedStateMachine):
         self.here.pass_time(seconds)
         self.twin.grant(self.now)
         self.twin.expire(self.now)
-        self.twin.grant(self.now)
 
     @invariant()
     def agrees(self):
