@@ -4,7 +4,7 @@ A line holds the waiters of one tenant at one priority in order of arrival, with
 that the first one that fits is found in `O(log n)`. Across lines the choice looks at every line's top only.
 """
 
-from bisect import insort
+import math
 
 NEVER = 2**62  # more blocks than there can be
 
@@ -32,10 +32,11 @@ class Tenant:
 class Line:
     """Waiters in order of arrival; `waiter.total` and `waiter.first` are the blocks that it needs at least."""
 
-    __slots__ = ("count", "end", "firsts", "head", "places", "tenant", "totals")
+    __slots__ = ("count", "end", "firsts", "head", "level", "places", "tenant", "totals")
 
-    def __init__(self, tenant):
+    def __init__(self, tenant, level):
         self.tenant = tenant
+        self.level = level  # the negative of the priority
         self.clear(8)
 
     def clear(self, capacity):
@@ -104,8 +105,7 @@ class Waiters:
         self.patience, self.most_overtaken = patience, most_overtaken
         self.front = {}  # waiter -> None, in order of arrival
         self.lines = {}  # (-priority, tenant) -> Line
-        self.levels = []  # -priority of the lines, each once, ascending
-        self.by_level = {}  # -priority -> tenant -> Line
+        self.old_from = math.inf  # before that, nobody is old
         self.count = 0
 
     def __iter__(self):
@@ -118,15 +118,12 @@ class Waiters:
         level = -waiter.priority
         line = self.lines.get((level, waiter.tenant))
         if line is None:
-            line = self.lines[level, waiter.tenant] = Line(waiter.tenant)
-            if level not in self.by_level:
-                self.by_level[level] = {}
-                insort(self.levels, level)
-            self.by_level[level][waiter.tenant] = line
+            line = self.lines[level, waiter.tenant] = Line(waiter.tenant, level)
         line.add(waiter)
         waiter.line = line
         waiter.tenant.waiting += 1
         self.count += 1
+        self.old_from = min(self.old_from, waiter.since + self.patience if self.most_overtaken else -math.inf)
 
     def lead(self, waiter):
         """Before all lines, and in its own as well if it is in one."""
@@ -150,26 +147,39 @@ class Waiters:
         waiter.tenant.waiting -= 1
         self.count -= 1
         if line.count == 0:
-            level = -waiter.priority
-            del self.lines[level, waiter.tenant], self.by_level[level][waiter.tenant]
-            if not self.by_level[level]:
-                del self.by_level[level]
-                self.levels.remove(level)
+            del self.lines[line.level, waiter.tenant]
 
     def note_grant(self, waiter):
         """Whoever came before it has been overtaken; each line's first one counts that."""
+        number, most = waiter.number, self.most_overtaken
         for line in self.lines.values():
-            if line.head.number < waiter.number:
-                line.head.overtaken += 1
+            head = line.head
+            if head.number < number:
+                head.overtaken += 1
+                if head.overtaken >= most:
+                    self.old_from = -math.inf
 
-    def is_old(self, waiter, now):
-        return waiter.overtaken >= self.most_overtaken or now - waiter.since >= self.patience
+    def old_heads(self, now):
+        """Those first in their lines that have waited too long or been overtaken too often, in order of arrival."""
+        if now < self.old_from:
+            return ()
+        heads = [line.head for line in self.lines.values()]
+        born, most = now - self.patience, self.most_overtaken
+        old = [each for each in heads if each.since <= born or each.overtaken >= most]
+        if not old:  # the first of a line never gets younger
+            self.old_from = min([each.since for each in heads], default=math.inf) + self.patience
+        old.sort(key=lambda each: each.number)
+        return old
 
     def choose(self, free, unclaimed, now):
         """Whom to grant now, of those in lines, with so many blocks free for newcomers and unclaimed; or None."""
-        old = [line.head for line in self.lines.values() if self.is_old(line.head, now)]
+        fitting = [
+            line for line in self.lines.values() if line.totals[1] <= unclaimed and line.firsts[1] <= free
+        ]
+        if not fitting:
+            return None
         closed = set()  # tenants that keep what comes for one of their own
-        for waiter in sorted(old, key=lambda each: each.number):
+        for waiter in self.old_heads(now):
             if waiter.tenant in closed:
                 continue
             if waiter.total > waiter.tenant.room:
@@ -178,26 +188,26 @@ class Waiters:
                 return waiter
             else:
                 return None  # what there is, is kept for it
-        for level in self.levels:
-            found = self.fairest(self.by_level[level].values(), free, unclaimed, closed)
-            if found is not None:
+        while fitting:
+            line = self.fairest(fitting, closed)
+            found = line and line.first_that_fits(min(unclaimed, line.tenant.room), free)
+            if found or line is None:
                 return found
+            fitting.remove(line)  # one needs few blocks at once, another one few in all
         return None
 
-    def fairest(self, lines, free, unclaimed, closed):
-        """Of the lines of one priority, the first fitting waiter of the tenant that holds least."""
-        fitting = [
-            line
-            for line in lines
-            if line.totals[1] <= unclaimed
-            and line.firsts[1] <= free
-            and line.totals[1] <= line.tenant.room
-            and line.tenant not in closed
-        ]
-        if len(fitting) > 1:
-            fitting.sort(key=lambda line: (line.tenant.blocks, line.head.number))
-        for line in fitting:
-            found = line.first_that_fits(min(unclaimed, line.tenant.room), free)
-            if found is not None:
-                return found
-        return None
+    def fairest(self, lines, closed):
+        """The line of the highest priority, among these of the tenant that holds least, among these the earliest."""
+        best = None
+        level = blocks = number = math.inf
+        for line in lines:
+            tenant = line.tenant
+            if line.level > level:
+                continue
+            if line.level == level and (
+                tenant.blocks > blocks or (tenant.blocks == blocks and line.head.number > number)
+            ):
+                continue
+            if line.totals[1] <= tenant.room and tenant not in closed:
+                best, level, blocks, number = line, line.level, tenant.blocks, line.head.number
+        return best
