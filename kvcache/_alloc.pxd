@@ -65,6 +65,7 @@ cdef class CacheCore:
     cdef int lock_pool(self) except -1
     cdef bint answer(self, status_t status, object request_id) except -1
     cdef int tell(self, object about) except -1
+    cdef int replace_watchers(self, tuple watchers) except -1
     cdef int free_handle(self, handle_t handle) except -1
     cdef bint append_patiently(self, Allocation found, int64_t count) except -1
     cdef Allocation enter(self, Allocation record)

@@ -246,7 +246,9 @@ cdef class CacheCore:
         if kv_lock_is_mine(&self.pool.lock):  # a finalizer's: told by the call that it interrupts
             self.untold = True
             return 0
-        watchers = self.watchers
+        self.lock_pool()
+        watchers = self.watchers  # without a GIL, `_watch` may let go of the tuple at any time
+        pool_unlock(&self.pool)
         if watchers is not None:
             for watcher in <tuple>watchers:
                 watcher(about)
@@ -439,10 +441,17 @@ cdef class CacheCore:
 
     def _watch(self, watcher):
         """Has `watcher` called, without a lock, with what may have made room: a request id, or the cache."""
-        self.watchers = (self.watchers or ()) + (watcher,)
+        self.replace_watchers((self.watchers or ()) + (watcher,))
 
     def _unwatch(self, watcher):
-        self.watchers = tuple([each for each in self.watchers or () if each != watcher]) or None
+        self.replace_watchers(tuple([each for each in self.watchers or () if each != watcher]) or None)
+
+    cdef int replace_watchers(self, tuple watchers) except -1:
+        before = self.watchers  # let go of after the unlock: that may run Python
+        self.lock_pool()
+        self.watchers = watchers
+        pool_unlock(&self.pool)
+        return 0
 
     def _measured(self, prompt, max_tokens, max_new_tokens):
         """Tokens and limit of a request, or the error that it is."""
