@@ -161,6 +161,7 @@ cdef class Hold:
         cdef status_t status
         if kv_lock_is_mine(&self.cache.pool.lock):  # a finalizer leaves it: done before this thread unlocks
             self.cache.pool.deferred_releases += 1
+            self.cache.untold = self.cache.watchers is not None
             return
         with nogil:
             status = pool_release(&self.cache.pool)
@@ -447,9 +448,8 @@ cdef class CacheCore:
         self.replace_watchers(tuple([each for each in self.watchers or () if each != watcher]) or None)
 
     cdef int replace_watchers(self, tuple watchers) except -1:
-        before = self.watchers  # let go of after the unlock: that may run Python
         self.lock_pool()
-        self.watchers = watchers
+        watchers, self.watchers = self.watchers, watchers  # the old ones go after the unlock: that may run Python
         pool_unlock(&self.pool)
         return 0
 

@@ -74,7 +74,7 @@ class AllocationQueue(Courses):
     tenant_limit : TenantLimit, optional
         Of every other tenant.
     clock : callable, optional
-        By default `time.monotonic`. With one of your own, deadlines are looked at by `poke` and by frees only.
+        By default `time.monotonic`. With one of your own, deadlines are looked at by `poke` only.
 
     Examples
     --------
@@ -204,9 +204,10 @@ class AllocationQueue(Courses):
 
     def touch(self, request_ids):
         """Says that these have been appended to otherwise, a batch for instance: they are evicted last."""
-        for request_id in request_ids:
-            with suppress(KeyError):  # not of this queue, or just freed
-                self._live.move_to_end(request_id)
+        with self._turn:
+            for request_id in request_ids:
+                with suppress(KeyError):  # not of this queue, or just freed
+                    self._live.move_to_end(request_id)
 
     def explain(self, prompt, max_tokens=None, *, max_new_tokens=None, tenant=None):
         """`Fits`, or the `Refusal` that a newcomer would get now; those who wait are not looked at."""
@@ -237,6 +238,8 @@ class AllocationQueue(Courses):
         with self._turn:
             self._settle_accounts(list(self._live))
             self._grant()
+            if self._virtual:
+                self._wake_late()
 
     def cancel(self, request_id):
         """Ends a newcomer's wait: it is refused, ``"cancelled"``. False if it does not wait."""

@@ -232,8 +232,6 @@ class Desk:
                 self._finish(waiter, error=error)
         if before is not None and before is not self._blocked and not before.done:
             self._woken.append(before)  # no longer a hold, but room is what it lacks
-        if self._virtual:
-            self._wake_late()
 
     def _grant_front(self):
         """True if nobody is left before the lines."""
@@ -292,6 +290,7 @@ class Desk:
         self._woken.append(waiter)
 
     def _wake_late(self):
+        """Has those look whose deadlines have passed, by a clock that nobody sleeps by."""
         now = self._clock()
         late = [each for each in self._waiters if each.deadline is not None and each.deadline <= now]
         self._woken += sorted(late, key=lambda each: each.number)

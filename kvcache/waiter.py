@@ -66,32 +66,26 @@ class ThreadSleeper:
 
 
 class TaskSleeper:
-    """A task of an event loop that waits; `wake` comes from any thread."""
+    """A task of an event loop that waits; `wake` comes from any thread, what it does happens in the loop's."""
 
-    __slots__ = ("future", "loop", "thread", "woken")
+    __slots__ = ("future", "loop", "thread")
 
     def __init__(self):
         self.loop = asyncio.get_running_loop()
         self.thread = threading.get_ident()
         self.future = None
-        self.woken = False  # read and written in the loop's thread
 
     async def sleep(self, seconds):
-        if self.woken:
-            self.woken = False
-            return
         self.future = self.loop.create_future()
         timer = None if seconds is None else self.loop.call_later(seconds, self.resolve)
         try:
             await self.future
         finally:
             self.future = None
-            self.woken = False
             if timer is not None:
                 timer.cancel()
 
     def resolve(self):
-        self.woken = True
         if self.future is not None and not self.future.done():
             self.future.set_result(None)
 

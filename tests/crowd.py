@@ -31,13 +31,16 @@ class Crowd:
         return self.start(("grow", request_id), self.queue.append_async(request_id, tokens, **options))
 
     def start(self, name, coroutine):
+        self.tell(name, coroutine)
+        return self.answer(name)
+
+    def tell(self, name, coroutine):
         async def run():
             self.told[name] = await coroutine
             return self.told[name]
 
         self.tasks[name] = self.loop.create_task(run())
         self.all_tasks.append(self.tasks[name])
-        return self.answer(name)
 
     def settle(self):
         for _ in range(4):

@@ -5,7 +5,15 @@ import pickle
 import pytest
 from crowd import Crowd
 
-from kvcache import CacheClosed, CacheHeld, KVCacheError, RequestTooLarge, SequenceExists, UnknownSequence
+from kvcache import (
+    CacheClosed,
+    CacheHeld,
+    KVCache,
+    KVCacheError,
+    RequestTooLarge,
+    SequenceExists,
+    UnknownSequence,
+)
 from kvcache.admission import AllocationQueue, Evict, Fits, Reduce, Refusal, Reject, TenantLimit, Wait
 
 BLOCKS = 16  # of 4 tokens each, in the caches of `make_cache`
@@ -250,6 +258,29 @@ def test_when_an_old_one_leaves_those_behind_it_are_granted(crowd):
     assert here.answer("b")
 
 
+def test_when_an_old_one_times_out_those_behind_it_are_granted(crowd):
+    here = crowd(patience=1)
+    here.ask("a", 40)
+    here.ask("large", 32, strategy=Wait(5))
+    here.pass_time(2)
+    assert here.ask("b", 4) is None
+    here.pass_time(3)
+    assert here.answer("large").reason == "timeout"
+    assert here.answer("b")
+
+
+def test_nobody_is_overtaken_by_one_that_came_before(crowd):
+    here = crowd(most_overtaken=1)
+    here.ask("a", 40), here.ask("b", 24)
+    here.ask("first", 20, tenant="x")
+    here.ask("large", 40, tenant="y")
+    here.free("b")
+    assert here.answer("first")
+    assert here.ask("small", 4)  # this is the one overtaking
+    here.free("small")
+    assert here.ask("smaller", 1) is None
+
+
 def test_a_higher_priority_goes_first_until_somebody_is_old(crowd):
     here = crowd(patience=10)
     here.ask("a", 64)
@@ -307,6 +338,29 @@ def test_a_raced_grant_keeps_its_place(crowd):
     assert here.granted() == ["a", "b"]
 
 
+class Raced(KVCache):
+    """Somebody else is faster, once."""
+
+    def _allocate_up_to(self, request_id, *rest):
+        if self.racer is not None:
+            racer, self.racer = self.racer, None
+            assert self.allocate_for(*racer)
+        return super()._allocate_up_to(request_id, *rest)
+
+
+def test_when_one_loses_a_race_others_that_still_fit_are_granted():
+    cache = Raced(1, 1, 4, 4 * BLOCKS, 4, backend="none")
+    cache.racer = None
+    here = Crowd(cache, Wait())
+    here.ask("a", 64)
+    here.ask("large", 64), here.ask("small", 32)
+    cache.racer = ("outsider", 32)
+    here.free("a")
+    assert here.answer("large") is None
+    assert here.answer("small")
+    here.close()
+
+
 def test_a_limit_that_is_lowered_wakes(crowd):
     here = crowd()
     here.ask("a", 8, max_tokens=64)
@@ -337,6 +391,36 @@ def test_closing_the_cache_ends_every_wait(make_cache):
         here.answer("b")
     assert len(here.queue) == 0
     here.loop.close()
+
+
+def test_an_id_that_was_freed_unseen_and_came_again_is_counted_once(crowd):
+    here = crowd()
+    here.ask("a", 40, tenant="t")
+    here.cache._unwatch(here.queue._watcher)
+    here.free("a")
+    here.cache._watch(here.queue._watcher)
+    here.ask("a", 8, tenant="u")
+    accounts = {name: (each.blocks, each.sequences) for name, each in here.queue._accounts.items()}
+    assert accounts == {"u": (2, 1)}
+
+
+def test_a_free_asks_the_cache_once_for_each_of_those_that_it_grants(crowd, monkeypatch):
+    here = crowd()
+    here.ask("a", 64)
+    for number in range(10_000):
+        here.tell(number, here.queue.allocate_async(number, 40 + number % 20))
+    here.settle()
+    assert len(here.queue) == 10_000
+    asked, attempt = [], here.queue._attempt
+    monkeypatch.setattr(
+        here.queue, "_attempt", lambda waiter: asked.append(waiter.request_id) or attempt(waiter)
+    )
+    here.free("a")
+    assert asked == [0]
+    here.free(0)
+    assert asked == [0, 1]
+    here.cache.free_for(1)
+    monkeypatch.undo()
 
 
 def test_closing_the_queue_refuses_who_waits_and_who_comes(crowd):

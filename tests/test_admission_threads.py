@@ -251,6 +251,33 @@ def test_a_reject_waits_for_the_hold_of_another_thread_as_the_cache_does(make_ca
     assert_nothing_left(queue, cache)
 
 
+def test_a_reject_does_not_wait_on_when_the_hold_has_ended_and_others_were_faster(make_cache, watchdog):
+    cache = make_cache(*SHAPE)
+    queue = AllocationQueue(cache, Reject())
+    queue.allocate("a", 64)
+    held, answers = threading.Event(), []
+
+    def hold():
+        with cache.hold():
+            cache.free_for("a")
+            held.set()
+            while not len(queue):
+                time.sleep(0.001)
+            cache._unwatch(queue._watcher)
+        assert cache.allocate_for("faster", 64)
+        cache._watch(queue._watcher)
+        queue.poke()
+
+    def ask():
+        held.wait()
+        answers.append(queue.allocate("b", 64))
+
+    in_threads([hold, ask])
+    assert answers[0].reason == "arena_full"
+    assert cache.free_for("faster")
+    assert_nothing_left(queue, cache)
+
+
 def test_no_wake_up_is_lost_between_two_threads_that_alternate(make_cache, watchdog):
     cache = make_cache(*SHAPE)
     queue = AllocationQueue(cache, Wait())
