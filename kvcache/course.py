@@ -72,7 +72,7 @@ class Courses(Desk):
             if isinstance(stage, Reduce):
                 self._reduce(waiter, stage)
             elif isinstance(stage, Evict):
-                self._make_room(waiter, stage)
+                yield from self._make_room(waiter, stage)
             elif isinstance(stage, Wait):
                 yield from self._wait(waiter, stage.timeout)
                 reason = "timeout"
@@ -146,23 +146,26 @@ class Courses(Desk):
 
     def _make_room(self, waiter, stage):
         """Ends one victim after the other until the request has been granted, or nobody is left to end."""
+        self._require_no_hold()
         with self._turn:
             if not waiter.done:
                 self._waiters.lead(waiter)
                 self._grant()
-        try:
-            while not waiter.done:
-                victim = self._victim_for(waiter, stage.victim)
-                if victim is None:
-                    return
+        while not waiter.done:
+            if self._blocked is waiter:  # enough has been freed, and will be there when a hold has ended
+                yield None
+                continue
+            victim = self._victim_for(waiter, stage.victim)
+            if victim is not None:
                 self._evict(victim, stage.notify)
-                with self._turn:
-                    self._grant()
-        finally:
+            elif self._blocked is not waiter:
+                break
             with self._turn:
-                if not waiter.done and not waiter.count:
-                    self._waiters.follow(waiter)
-                    self._grant()
+                self._grant()
+        with self._turn:
+            if not waiter.done and not waiter.count:
+                self._waiters.follow(waiter)
+                self._grant()
 
     def _evict(self, victim, notify):
         try:

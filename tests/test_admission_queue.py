@@ -482,6 +482,16 @@ def test_waiting_inside_a_hold_of_ones_own_raises(make_cache):
     assert len(queue) == 0
 
 
+def test_nobody_is_evicted_inside_a_hold_of_ones_own(make_cache):
+    cache = make_cache()
+    queue = AllocationQueue(cache, Evict())
+    queue.allocate("a", 64)
+    with cache.hold(), pytest.raises(CacheHeld):
+        queue.allocate("b", 8)
+    assert list(cache) == ["a"]
+    assert queue.allocate("b", 8)
+
+
 def test_growth_waits_for_the_room_of_somebody_else(crowd):
     here = crowd(overcommit=2.0)
     here.ask("a", 4, max_tokens=32), here.ask("b", 60)

@@ -278,6 +278,30 @@ def test_a_reject_does_not_wait_on_when_the_hold_has_ended_and_others_were_faste
     assert_nothing_left(queue, cache)
 
 
+def test_what_was_evicted_under_a_hold_of_another_thread_is_there_when_it_ends(make_cache, watchdog):
+    cache = make_cache(*SHAPE)
+    queue = AllocationQueue(cache, Evict())
+    for name in "ab":
+        queue.allocate(name, 32)
+    held, answers = threading.Event(), []
+
+    def hold():
+        with cache.hold():
+            held.set()
+            while not len(queue) or queue._blocked is None:
+                time.sleep(0.001)
+
+    def ask():
+        held.wait()
+        answers.append(queue.allocate("c", 32))
+
+    in_threads([hold, ask])
+    assert answers[0]
+    assert list(cache) == ["b", "c"]
+    assert all(cache.free_for(name) for name in "bc")
+    assert_nothing_left(queue, cache)
+
+
 def test_no_wake_up_is_lost_between_two_threads_that_alternate(make_cache, watchdog):
     cache = make_cache(*SHAPE)
     queue = AllocationQueue(cache, Wait())
