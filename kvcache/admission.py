@@ -182,7 +182,8 @@ class AllocationQueue(Courses):
         Growth goes before newcomers. At the limit of the sequence it is refused at once: see `KVCache.set_limit`.
         """
         cache = self._cache
-        if cache.append_token(request_id) if tokens == 1 else cache.append_tokens(request_id, tokens):
+        one = type(tokens) is int and tokens == 1
+        if cache.append_token(request_id) if one else cache.append_tokens(request_id, tokens):
             self.touch((request_id,))
             return True
         waiter = self._grower(request_id, tokens, ThreadSleeper())

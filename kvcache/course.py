@@ -1,5 +1,7 @@
 """The course of one request: at once, in the queue, through the strategies, and out of it again."""
 
+from operator import index
+
 from kvcache.desk import Desk
 from kvcache.errors import CacheHeld, UnknownSequence
 from kvcache.strategies import Evict, Reduce, Strategy, Wait
@@ -11,6 +13,14 @@ def stages_of(strategy):
     if not isinstance(strategy, Strategy):
         raise TypeError(f"a strategy is Reject(), Reduce(...), Wait(...) or Evict(...), not {strategy!r}")
     return strategy.stages
+
+
+def count_of(tokens):
+    """How many tokens: a count, or ids."""
+    try:
+        return index(tokens)
+    except TypeError:
+        return len(tokens)
 
 
 class Courses(Desk):
@@ -52,7 +62,7 @@ class Courses(Desk):
     def _grower(self, request_id, tokens, sleeper):
         cache, size = self._cache, self._size
         waiter = Waiter(request_id, sleeper)
-        waiter.count = waiter.tokens = tokens if isinstance(tokens, int) else len(tokens)
+        waiter.count = waiter.tokens = count_of(tokens)
         waiter.limit, waiter.least = cache.limit(request_id), cache.used_tokens(request_id) + waiter.count
         waiter.first = max(-(-waiter.least // size) - cache.capacity(request_id) // size, 1)
         lease = self._live.get(request_id)

@@ -2,6 +2,7 @@
 
 import pickle
 
+import numpy as np
 import pytest
 from crowd import Crowd
 
@@ -519,6 +520,17 @@ def test_growth_past_the_limit_is_refused_at_once(make_cache):
     assert queue.append("a").reason == "never_fits"
     with pytest.raises(UnknownSequence):
         queue.append("b")
+
+
+@pytest.mark.parametrize("tokens", [2, [7, 8], np.int64(2), np.array([7, 8])])
+def test_growth_is_by_a_count_or_by_ids(crowd, tokens):
+    here = crowd(overcommit=2.0)
+    here.ask("a", 4, max_tokens=32), here.ask("b", 60)
+    assert here.grow("a", tokens) is None
+    here.free("b")
+    assert here.answer(("grow", "a")) is True
+    assert here.queue.append("a", tokens) is True
+    assert here.cache.used_tokens("a") == 8
 
 
 def test_cancelled_growth_is_taken_back(crowd):
