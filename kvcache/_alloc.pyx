@@ -78,6 +78,7 @@ cdef extern from *:
     }
     """
     object find_in "kv_find_in" (dict where, object key)
+    bint unlikely(bint condition) nogil
 
 
 # ---- sequences
@@ -434,7 +435,7 @@ cdef class CacheCore:
         except MemoryError:  # nothing has been given back
             self.ids.setdefault(request_id, found)
             raise
-        if self.watchers is not None:
+        if unlikely(self.watchers is not None):
             self.tell(request_id)
         return True
 
