@@ -56,12 +56,16 @@ cdef class CacheCore:
     cdef dict ids               # request id -> Allocation, in order of admission
     cdef Copier copier          # None: no storage
     cdef int64_t arena_tokens
+    cdef tuple watchers         # None, or callables that are told of room, outside the lock
+    cdef bint untold            # freed by a finalizer under the lock, and the watchers have not been told yet
     cdef object __weakref__
 
     cdef Allocation find(self, object request_id)
     cdef int before_waiting(self) except -1
     cdef int lock_pool(self) except -1
     cdef bint answer(self, status_t status, object request_id) except -1
+    cdef int tell(self, object about) except -1
+    cdef int replace_watchers(self, tuple watchers) except -1
     cdef int free_handle(self, handle_t handle) except -1
     cdef bint append_patiently(self, Allocation found, int64_t count) except -1
     cdef Allocation enter(self, Allocation record)
@@ -69,6 +73,7 @@ cdef class CacheCore:
     cdef int live(self, Allocation found) except -1
     cdef status_t write_locked(self, int32_t who, Copier copier, Sources sources, int64_t layer,
                                int64_t start) noexcept nogil
+    cdef int64_t tokens_of(self, object prompt) except -1
     cdef dict known(self)
     cdef int require_fitting(self, str what, object tokens, int64_t count) except -1
 

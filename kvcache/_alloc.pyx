@@ -29,7 +29,9 @@ from kvcache._pool cimport (
     ceil_div,
     committed_tokens,
     copy_table,
+    held_blocks,
     is_live,
+    my_hold,
     overwrites_held,
     NUM_LATENCIES,
     place_of,
@@ -81,6 +83,7 @@ cdef extern from *:
     }
     """
     object find_in "kv_find_in" (dict where, object key)
+    bint unlikely(bint condition) nogil
 
 
 # ---- sequences
@@ -166,11 +169,31 @@ cdef class Hold:
         cdef status_t status
         if kv_lock_is_mine(&self.cache.pool.lock):  # a finalizer leaves it: done before this thread unlocks
             self.cache.pool.deferred_releases += 1
+            self.cache.untold = self.cache.watchers is not None
             return
         with nogil:
             status = pool_release(&self.cache.pool)
         if status != OK:
             raise KVCacheError("this thread does not hold the cache: leave a hold in the thread that entered it")
+        if self.cache.watchers is not None:
+            self.cache.tell(self.cache)
+
+
+cdef status_t admit_up_to(pool_t *pool, int64_t tokens, int64_t least, int64_t *limit, int64_t keep,
+                          handle_t *handle) noexcept nogil:
+    """Admission that lowers the limit to what may be promised, not below `least`, and leaves `keep` blocks free."""
+    cdef int64_t size = pool.space.block_size
+    cdef int64_t unclaimed = pool.budget - held_blocks(pool) - pool.claims
+    if pool.closed:
+        return CLOSED
+    if unclaimed < ceil_div(limit[0], size):
+        if unclaimed < ceil_div(least, size):
+            return NO_ROOM
+        limit[0] = min(limit[0], unclaimed * size)
+    if ceil_div(tokens, size) > pool.space.blocks.free_blocks + pool.limbo_blocks - keep:
+        return NO_ROOM
+    pool.pause = 0
+    return admit(pool, tokens, limit[0], True, handle)
 
 
 cdef class CacheCore:
@@ -227,8 +250,24 @@ cdef class CacheCore:
                 kv_lock(&self.pool.lock)
         return 0
 
+    cdef int tell(self, object about) except -1:
+        """Tells whoever watches that there may be room: `about` is a request id, or the cache for anything else."""
+        if kv_lock_is_mine(&self.pool.lock):  # a finalizer's: told by the call that it interrupts
+            self.untold = True
+            return 0
+        self.lock_pool()
+        watchers = self.watchers  # without a GIL, `_watch` may let go of the tuple at any time
+        pool_unlock(&self.pool)
+        if watchers is not None:
+            for watcher in <tuple>watchers:
+                watcher(about)
+        return 0
+
     cdef bint answer(self, status_t status, object request_id) except -1:
         """True and False as they are returned, everything else as the error that it is."""
+        if self.untold:
+            self.untold = False
+            self.tell(self)
         if status == OK:
             return True
         if status == NO_ROOM or status == PAST_LIMIT:
@@ -309,13 +348,7 @@ cdef class CacheCore:
         cdef int64_t tokens, limit
         cdef status_t status = BUSY
         cdef Allocation record
-        if is_count(prompt):
-            tokens = as_count(prompt, "prompt", 1)
-        else:
-            tokens = len(as_tokens(prompt))
-            if tokens == 0:
-                raise ValueError("a prompt needs at least 1 token, this one has none")
-        self.require_fitting("prompt", prompt, tokens)
+        tokens = self.tokens_of(prompt)
         limit = self.limit_for(tokens, max_tokens, max_new_tokens)
         if request_id in self.ids:
             raise SequenceExists(request_id=request_id)
@@ -409,7 +442,109 @@ cdef class CacheCore:
         except MemoryError:  # nothing has been given back
             self.ids.setdefault(request_id, found)
             raise
+        if unlikely(self.watchers is not None):
+            self.tell(request_id)
         return True
+
+    # -- for whoever grants on behalf of others: admission and growth that never wait for holds
+
+    def _watch(self, watcher):
+        """Has `watcher` called, without a lock, with what may have made room: a request id, or the cache."""
+        self.replace_watchers((self.watchers or ()) + (watcher,))
+
+    def _unwatch(self, watcher):
+        self.replace_watchers(tuple([each for each in self.watchers or () if each != watcher]) or None)
+
+    cdef int replace_watchers(self, tuple watchers) except -1:
+        self.lock_pool()
+        watchers, self.watchers = self.watchers, watchers  # the old ones go after the unlock: that may run Python
+        pool_unlock(&self.pool)
+        return 0
+
+    def _measured(self, prompt, max_tokens, max_new_tokens):
+        """Tokens and limit of a request, or the error that it is."""
+        cdef int64_t tokens = self.tokens_of(prompt)
+        return tokens, self.limit_for(tokens, max_tokens, max_new_tokens)
+
+    cdef int64_t tokens_of(self, object prompt) except -1:
+        cdef int64_t tokens
+        if is_count(prompt):
+            tokens = as_count(prompt, "prompt", 1)
+        else:
+            tokens = len(as_tokens(prompt))
+            if tokens == 0:
+                raise ValueError("a prompt needs at least 1 token, this one has none")
+        self.require_fitting("prompt", prompt, tokens)
+        return tokens
+
+    def _allocate_up_to(self, request_id, prompt, max_tokens, max_new_tokens, least, int64_t keep):
+        """Admission with the largest limit that can be promised now, at least `least` (None: the whole limit), and with
+        `keep` blocks left free. None: does not fit now. False: it would have to wait for a hold of another thread.
+        """
+        cdef int64_t tokens = self.tokens_of(prompt)
+        cdef int64_t limit = self.limit_for(tokens, max_tokens, max_new_tokens)
+        cdef int64_t floor = limit if least is None else max(min(<int64_t>least, limit), tokens)
+        cdef status_t status
+        cdef bint mine = False
+        cdef Allocation record
+        if request_id in self.ids:
+            raise SequenceExists(request_id=request_id)
+        record = new_record(request_id, tokens, limit)
+        self.lock_pool()
+        with nogil:
+            status = admit_up_to(&self.pool, tokens, floor, &limit, keep, &record.handle)
+            mine = status == HELD and my_hold(&self.pool) != NULL
+            pool_unlock(&self.pool)
+        if status == HELD and not mine:
+            return False
+        record.max_tokens = limit
+        return self.enter(record) if self.answer(status, request_id) else None
+
+    def _append_now(self, request_id, int64_t count):
+        """Growth that does not wait: True or False, None where it would have to wait for a hold of another thread."""
+        cdef Allocation found = self.find(request_id)
+        cdef handle_t handle = found.handle
+        cdef status_t status = STALE
+        cdef bint mine = False
+        self.lock_pool()
+        with nogil:
+            self.pool.pause = 0
+            if is_live(&self.pool, handle):
+                status = append(&self.pool, place_of(handle), count, True)
+            mine = status == HELD and my_hold(&self.pool) != NULL
+            pool_unlock(&self.pool)
+        if status == HELD and not mine:
+            return None
+        return self.answer(status, request_id)
+
+    def _room(self):
+        """Blocks that are free, or will be when the holds have ended, and blocks that may still be promised."""
+        self.known()
+        self.lock_pool()
+        cdef int64_t there = self.pool.space.blocks.free_blocks + self.pool.limbo_blocks
+        cdef int64_t unclaimed = self.pool.budget - held_blocks(&self.pool) - self.pool.claims
+        pool_unlock(&self.pool)
+        return there, unclaimed
+
+    def _holds_open(self):
+        """Holds that are open now, if one of them is this thread's; else 0."""
+        self.lock_pool()
+        cdef int64_t count = self.pool.num_holders if my_hold(&self.pool) != NULL else 0
+        pool_unlock(&self.pool)
+        return count
+
+    def _is_live(self, Allocation record not None):
+        """Whether the very sequence that was granted lives, not another one of its name."""
+        self.lock_pool()
+        cdef bint live = is_live(&self.pool, record.handle)
+        pool_unlock(&self.pool)
+        return live
+
+    def _end(self, Allocation record not None):
+        """`free_for` of the very sequence that was granted."""
+        if not self.opened or find_in(self.ids, record.request_id) is not record:
+            return False
+        return self.free_for(record.request_id)
 
     # -- growth
 
@@ -475,6 +610,8 @@ cdef class CacheCore:
             status = pool_truncate(&self.pool, handle, tokens)
         if status == GONE:
             raise ValueError(f"cannot keep {num_tokens} tokens, the sequence has {self.used_tokens(request_id)}")
+        if self.watchers is not None and status == OK:
+            self.tell(request_id)
         return self.answer(status, request_id)
 
     def set_limit(self, request_id, max_tokens):
@@ -497,6 +634,8 @@ cdef class CacheCore:
             status = pool_set_limit(&self.pool, handle, limit)
         if status == BELOW_USED:
             raise ValueError(f"max_tokens is {max_tokens}, the sequence has {self.used_tokens(request_id)} tokens")
+        if self.watchers is not None and status == OK:
+            self.tell(request_id)
         return self.answer(status, request_id)
 
     def commit(self, request_id, num_tokens=None):
@@ -741,6 +880,8 @@ cdef class CacheCore:
             status = pool_close(&self.pool)
         self.answer(status, None)
         self.ids.clear()  # emptied, not replaced: without a GIL others may be reading it
+        if self.watchers is not None:
+            self.tell(self)
 
     @property
     def closed(self):
@@ -841,6 +982,7 @@ cdef class CacheCore:
         finally:
             kv_lock_runs_python(&self.pool.lock, False)
             pool_unlock(&self.pool)
+        self.answer(OK, None)
         if wrong is None and dead:
             wrong = f"{dead[0].request_id!r} is known, its sequence does not live"
         if wrong is not None:

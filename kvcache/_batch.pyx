@@ -813,6 +813,8 @@ cdef class BatchCore:
             raise ValueError(f"cannot drop {per_member.tolist()} tokens of members that have "
                              f"{self.lengths_array.tolist()}")
         self.answer(status)
+        if cache.watchers is not None:
+            cache.tell(cache)
         return result
 
     cdef status_t cut_each(self, const int32_t *counts, unsigned char *got) noexcept nogil:

@@ -11,8 +11,9 @@ from kvcache._alloc import CacheCore
 from kvcache._batch import BatchCore
 from kvcache.arena import make_arena
 from kvcache.block_map import image_of
-from kvcache.errors import KVCacheError, UnknownSequence
+from kvcache.errors import KVCacheError, RequestTooLarge, UnknownSequence
 from kvcache.health import Watch
+from kvcache.refusals import Refusal, Room
 from kvcache.spec import KVCacheSpec
 from kvcache.stats import CacheStats, stats_text
 
@@ -137,6 +138,32 @@ class KVCache(CacheCore):
         """Make every page of the arena resident; its content stays as it is."""
         self._require_open()
         self.arena.warmup()
+
+    # ---- admission beforehand
+
+    def explain(self, prompt, max_tokens=None, *, max_new_tokens=None):
+        """What `allocate_for` would say now, and why.
+
+        Returns
+        -------
+        Fits or Refusal
+            True or False in a condition. A refusal names the reason, what there is and what would have sufficed; its
+            reason is ``"never_fits"`` where `allocate_for` would raise `RequestTooLarge`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `allocate_for`.
+        """
+        free, unclaimed = self._room()
+        room = Room(self.spec.block_size, free, min(unclaimed, self.spec.num_blocks))
+        try:
+            tokens, limit = self._measured(prompt, max_tokens, max_new_tokens)
+        except RequestTooLarge as error:
+            too_many = error.blocks_needed - error.num_blocks
+            there = (error.blocks_needed, room.free, room.unclaimed, too_many)
+            return Refusal("never_fits", None, error.tokens, error.tokens, *there, fitting_tokens=0)
+        return room.judge(None, tokens, limit)
 
     # ---- views and writes
 

@@ -1,0 +1,267 @@
+"""The queue before a cache: strategies for what does not fit now, for threads and for tasks."""
+
+import time
+from collections.abc import Coroutine
+from contextlib import suppress
+
+from kvcache.course import Courses, stages_of
+from kvcache.desk import TenantLimit
+from kvcache.refusals import Fits, Refusal
+from kvcache.strategies import Chain, Evict, Reduce, Reject, Wait
+from kvcache.waiter import Lease, TaskSleeper, ThreadSleeper
+
+__all__ = [
+    "AllocationQueue",
+    "Chain",
+    "Evict",
+    "Fits",
+    "Lease",
+    "Pending",
+    "Reduce",
+    "Refusal",
+    "Reject",
+    "TenantLimit",
+    "Wait",
+]
+
+
+class Pending(Coroutine):
+    """An admission that is under way: await it, or enter it by ``async with``, which frees at the end."""
+
+    __slots__ = ("_coroutine", "_lease")
+
+    def __init__(self, coroutine):
+        self._coroutine = coroutine
+        self._lease = None
+
+    def send(self, value):
+        return self._coroutine.send(value)
+
+    def throw(self, *error):
+        return self._coroutine.throw(*error)
+
+    def close(self):
+        self._coroutine.close()
+
+    def __await__(self):
+        return self._coroutine.__await__()
+
+    async def __aenter__(self):
+        self._lease = await self._coroutine
+        return self._lease
+
+    async def __aexit__(self, *exception):
+        if self._lease:
+            self._lease.free()
+
+
+class AllocationQueue(Courses):
+    """Admission to a cache, by a strategy, for threads and tasks.
+
+    Parameters
+    ----------
+    cache : KVCache
+    strategy : Strategy
+        What to do with what does not fit now: `Reject()`, or several joined by ``|``.
+    keep_free : int
+        Tokens that stay free after a newcomer's prompt has been placed: room for growth, which goes first.
+    patience : float
+        Age, in units of the clock, at which a waiter is old: what there is, is then kept for it.
+    most_overtaken : int
+        Later ones that may be granted before the first of a line; then it counts as old as well.
+    tenants : mapping, optional
+        `TenantLimit` by tenant.
+    tenant_limit : TenantLimit, optional
+        Of every other tenant.
+    clock : callable, optional
+        By default `time.monotonic`. With one of your own, deadlines are looked at by `poke` only.
+
+    Examples
+    --------
+    >>> from kvcache import KVCache
+    >>> from kvcache.admission import AllocationQueue, Reduce, Wait
+    >>> cache = KVCache(num_layers=1, num_kv_heads=1, head_dim=4, max_total_tokens=64)
+    >>> queue = AllocationQueue(cache, Reduce(min_tokens=16) | Wait(timeout=0.01))
+    >>> with queue.allocate("a", 8, max_tokens=40) as first, queue.allocate("b", 8, max_tokens=40) as second:
+    ...     first.max_tokens, second.max_tokens, queue.allocate("c", 8, max_tokens=40).reason
+    (40, 16, 'timeout')
+    """
+
+    def __init__(
+        self,
+        cache,
+        strategy=None,
+        *,
+        keep_free=0,
+        patience=5.0,
+        most_overtaken=64,
+        tenants=None,
+        tenant_limit=None,
+        clock=time.monotonic,
+    ):
+        super().__init__(cache, keep_free, patience, most_overtaken, tenants, tenant_limit, clock)
+        self._stages = stages_of(Reject() if strategy is None else strategy)
+
+    # ---- admission
+
+    def allocate(
+        self,
+        request_id,
+        prompt,
+        *,
+        max_tokens=None,
+        max_new_tokens=None,
+        tenant=None,
+        priority=0,
+        on_evict=None,
+        strategy=None,
+    ):
+        """Admits a sequence, by the queue's strategy or another one, and waits for it if that says so.
+
+        Parameters
+        ----------
+        request_id, prompt, max_tokens, max_new_tokens
+            As of `KVCache.allocate_for`.
+        tenant : hashable
+        priority : int
+            Higher ones are granted first, until somebody is old.
+        on_evict : callable, optional
+            Called with the id before the sequence is evicted, by the thread that needs its memory.
+
+        Returns
+        -------
+        Lease or Refusal
+            True or False in a condition. Either is a context manager; a lease's frees the sequence.
+
+        Raises
+        ------
+        RequestTooLarge, SequenceExists, TypeError, ValueError, CacheClosed
+            As `KVCache.allocate_for`: nothing that cannot work ever waits.
+        CacheHeld
+            It would have to wait, and this thread has a hold open.
+        """
+        stages = self._stages if strategy is None else stages_of(strategy)
+        lease = self._at_once(request_id, prompt, max_tokens, max_new_tokens, tenant, priority, on_evict)
+        if lease is not None:
+            return lease
+        waiter = self._newcomer(request_id, prompt, max_tokens, max_new_tokens, ThreadSleeper())
+        waiter.priority, waiter.on_evict = priority, on_evict
+        return self._drive(waiter, self._serve(waiter, tenant, stages))
+
+    def allocate_async(
+        self,
+        request_id,
+        prompt,
+        *,
+        max_tokens=None,
+        max_new_tokens=None,
+        tenant=None,
+        priority=0,
+        on_evict=None,
+        strategy=None,
+    ):
+        """As `allocate`, for tasks: ``await`` it for the lease, or enter it by ``async with``.
+
+        A task that is cancelled, at whichever point, leaves the queue and holds nothing.
+        """
+        stages = self._stages if strategy is None else stages_of(strategy)
+
+        async def serve():
+            lease = self._at_once(request_id, prompt, max_tokens, max_new_tokens, tenant, priority, on_evict)
+            if lease is not None:
+                return lease
+            waiter = self._newcomer(request_id, prompt, max_tokens, max_new_tokens, TaskSleeper())
+            waiter.priority, waiter.on_evict = priority, on_evict
+            return await self._drive_async(waiter, self._serve(waiter, tenant, stages))
+
+        return Pending(serve())
+
+    def append(self, request_id, tokens=1, *, strategy=None):
+        """Room for more tokens of a live sequence, a count or ids: True, or the `Refusal` at the end of the strategy.
+
+        Growth goes before newcomers. At the limit of the sequence it is refused at once: see `KVCache.set_limit`.
+        """
+        cache = self._cache
+        one = type(tokens) is int and tokens == 1
+        if cache.append_token(request_id) if one else cache.append_tokens(request_id, tokens):
+            self.touch((request_id,))
+            return True
+        waiter = self._grower(request_id, tokens, ThreadSleeper())
+        if self._is_at_limit(waiter):
+            return self._refusal(waiter, "never_fits")
+        stages = self._stages if strategy is None else stages_of(strategy)
+        return self._drive(waiter, self._serve(waiter, None, stages))
+
+    async def append_async(self, request_id, tokens=1, *, strategy=None):
+        """As `append`, for tasks."""
+        waiter = self._grower(request_id, tokens, TaskSleeper())
+        if self._cache._append_now(request_id, waiter.count):
+            self.touch((request_id,))
+            return True
+        if self._is_at_limit(waiter):
+            return self._refusal(waiter, "never_fits")
+        stages = self._stages if strategy is None else stages_of(strategy)
+        return await self._drive_async(waiter, self._serve(waiter, None, stages))
+
+    def touch(self, request_ids):
+        """Says that these have been appended to otherwise, a batch for instance: they are evicted last."""
+        with self._turn:
+            for request_id in request_ids:
+                with suppress(KeyError):  # not of this queue, or just freed
+                    self._live.move_to_end(request_id)
+
+    def explain(self, prompt, max_tokens=None, *, max_new_tokens=None, tenant=None):
+        """`Fits`, or the `Refusal` that a newcomer would get now; those who wait are not looked at."""
+        answer = self._cache.explain(prompt, max_tokens, max_new_tokens=max_new_tokens)
+        if not answer and answer.reason == "never_fits":
+            return answer
+        with self._turn:
+            account = self._account(tenant)
+            verdict = self._verdict(account, None, answer.tokens, answer.max_tokens, None)
+            self._drop_if_idle(account)
+        return verdict
+
+    # ---- the queue as a whole
+
+    def __len__(self):
+        """How many wait."""
+        return self._waiters.count
+
+    def __bool__(self):
+        return True
+
+    def __contains__(self, request_id):
+        """Whether it waits."""
+        return request_id in self._ids
+
+    def poke(self):
+        """Looks again: after frees that the cache's own calls do not tell of, and for deadlines of an own clock."""
+        with self._turn:
+            self._settle_accounts(list(self._live))
+            self._grant()
+            if self._virtual:
+                self._wake_late()
+
+    def cancel(self, request_id):
+        """Ends a newcomer's wait: it is refused, ``"cancelled"``. False if it does not wait."""
+        with self._turn:
+            waiter = self._ids.get(request_id)
+            if waiter is None:
+                return False
+            self._finish(waiter, reason="cancelled")
+            self._grant()
+            return True
+
+    def close(self):
+        """Refuses everybody who waits, and leaves the cache alone. What has been granted stays granted."""
+        self._cache._unwatch(self._watcher)
+        with self._turn:
+            self._closed = True
+            for waiter in list(self._waiters):
+                self._finish(waiter, reason="cancelled")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()

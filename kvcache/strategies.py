@@ -1,0 +1,84 @@
+"""What to do with a request that does not fit now. Strategies are values; `|` puts one after another."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+class Strategy:
+    """One strategy, or several in order."""
+
+    __slots__ = ()
+
+    @property
+    def stages(self):
+        """The single strategies, in order."""
+        return (self,)
+
+    def __or__(self, other):
+        return Chain(self.stages + other.stages) if isinstance(other, Strategy) else NotImplemented
+
+
+@dataclass(frozen=True)
+class Chain(Strategy):
+    """Several strategies, tried in order; made by `|`."""
+
+    stages: tuple = ()
+
+
+@dataclass(frozen=True)
+class Reject(Strategy):
+    """Refuses at once, as `KVCache.allocate_for` does."""
+
+
+@dataclass(frozen=True)
+class Reduce(Strategy):
+    """Takes the largest `max_tokens` that can be promised, if it is at least `min_tokens` (the prompt included).
+
+    What comes later in a chain is content with that as well. The prompt itself is never cut.
+    """
+
+    min_tokens: int
+
+    def __post_init__(self):
+        if isinstance(self.min_tokens, bool) or not hasattr(self.min_tokens, "__index__"):
+            raise TypeError(f"min_tokens must be an int, not {type(self.min_tokens).__name__}")
+        if self.min_tokens < 1:
+            raise ValueError(f"min_tokens must be at least 1, not {self.min_tokens}")
+
+
+@dataclass(frozen=True)
+class Wait(Strategy):
+    """Waits its turn, at most `timeout` (None: for as long as it takes), in units of the queue's clock."""
+
+    timeout: float | None = None
+
+    def __post_init__(self):
+        if self.timeout is not None and not self.timeout >= 0:
+            raise ValueError(f"timeout must be at least 0, not {self.timeout}")
+
+
+VICTIMS = ("lru", "priority")
+
+
+@dataclass(frozen=True)
+class Evict(Strategy):
+    """Ends live sequences of the queue, one at a time, until the request fits.
+
+    Parameters
+    ----------
+    victim : {"lru", "priority"} or callable
+        The least recently appended; the one of the lowest priority, below the request's own; or what a callable
+        chooses of a list of ids (None: nobody).
+    notify : callable, optional
+        Called with the victim's id before its memory goes, where its owner has given no `on_evict`. If it raises,
+        nothing is freed and the request fails with that error.
+    """
+
+    victim: Any = "lru"
+    notify: Any = None
+
+    def __post_init__(self):
+        if not callable(self.victim) and self.victim not in VICTIMS:
+            raise ValueError(
+                f"victim must be one of {', '.join(VICTIMS)}, or a callable, not {self.victim!r}"
+            )
