@@ -106,7 +106,7 @@ class KVCache(CacheCore):
         self.placement = placement
         self.overcommit = overcommit
         self.max_move_tokens = max_move_tokens
-        self._watch = Watch()
+        self._health = Watch()
         self._layers = spec.layers
         self._prices = spec.block_bytes, spec.bytes_per_token
         in_place = backend == "numpy" and all(layer.v_index is not None for layer in spec.layers)
@@ -335,7 +335,7 @@ class KVCache(CacheCore):
         High fragmentation in paged placement, promises above 90 %, and arrays of the arena that MLX has copied. Called
         by whoever exports metrics or the status, never by the calls that serve.
         """
-        return self._watch.look(self)
+        return self._health.look(self)
 
     def serve_status(self, host="127.0.0.1", port=0, *, pid_file=None, any_host=False):
         """Let `kvcache top` look at this cache: its state as JSON over HTTP, read-only, from a daemon thread.
