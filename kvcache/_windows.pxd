@@ -8,7 +8,7 @@ from kvcache._space cimport space_t
 cdef enum:
     MOST_SIDE = 4              # runs that move on either side of one that grows
     MOST_WINDOW = 8            # runs that make way for a newcomer
-    ROW = 2 * MOST_SIDE + 3
+    ROW = 2 * MOST_SIDE + 3    # runs of a row: no fewer than MOST_WINDOW + 2
 
 ctypedef struct row_t:         # runs side by side; the first and the last stay, and may be the pool's ends
     int64_t count
