@@ -53,7 +53,6 @@ cdef int64_t give_run(blocks_t *blocks, int64_t start, int64_t length) noexcept 
 cdef void mark_free(blocks_t *blocks, int64_t start, int64_t length) noexcept nogil
 cdef void take_lowest(blocks_t *blocks, int64_t count, int32_t *taken) noexcept nogil
 cdef void take_block(blocks_t *blocks, int64_t block) noexcept nogil
-cdef void give_block(blocks_t *blocks, int64_t block) noexcept nogil
 
 cdef int64_t largest_free_run(const blocks_t *blocks) noexcept nogil
 cdef int64_t next_free(const blocks_t *blocks, int64_t start) noexcept nogil

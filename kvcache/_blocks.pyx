@@ -103,15 +103,6 @@ cdef void take_block(blocks_t *blocks, int64_t block) noexcept nogil:
     mark_used(blocks, block, 1)
 
 
-cdef void give_block(blocks_t *blocks, int64_t block) noexcept nogil:
-    cdef int64_t word = block >> 6
-    blocks.words[word] |= <uint64_t>1 << (block & 63)
-    blocks.summary[word >> 6] |= <uint64_t>1 << (word & 63)
-    if block >> 12 < blocks.lowest:
-        blocks.lowest = block >> 12
-    blocks.free_blocks += 1
-
-
 # ---- the index of gaps
 
 cdef inline int32_t class_of(int64_t length) noexcept nogil:
