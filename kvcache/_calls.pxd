@@ -5,6 +5,8 @@ from libc.stdint cimport int32_t, int64_t
 from kvcache._pool cimport handle_t, pool_t, status_t
 
 cdef status_t pool_allocate(pool_t *pool, int64_t tokens, int64_t limit, handle_t *handle) noexcept nogil
+cdef status_t admit_up_to(pool_t *pool, int64_t tokens, int64_t least, int64_t *limit, int64_t keep,
+                          handle_t *handle) noexcept nogil
 cdef status_t pool_append(pool_t *pool, handle_t handle, int64_t count) noexcept nogil
 cdef status_t pool_free(pool_t *pool, handle_t handle) noexcept nogil
 cdef status_t pool_truncate(pool_t *pool, handle_t handle, int64_t tokens) noexcept nogil

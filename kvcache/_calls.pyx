@@ -12,10 +12,13 @@ from kvcache._pool cimport (
     GONE,
     HELD,
     NO_MEMORY,
+    NO_ROOM,
     OK,
     STALE,
     arena_tokens,
+    ceil_div,
     handle_t,
+    held_blocks,
     holder_t,
     is_live,
     my_hold,
@@ -121,6 +124,23 @@ cdef status_t pool_allocate(pool_t *pool, int64_t tokens, int64_t limit, handle_
         note_latency(&pool.sight, now() - began)
     pool_unlock(pool)
     return status
+
+
+cdef status_t admit_up_to(pool_t *pool, int64_t tokens, int64_t least, int64_t *limit, int64_t keep,
+                          handle_t *handle) noexcept nogil:
+    """Admission that lowers the limit to what may be promised, not below `least`, and leaves `keep` blocks free."""
+    cdef int64_t size = pool.space.block_size
+    cdef int64_t unclaimed = pool.budget - held_blocks(pool) - pool.claims
+    if pool.closed:
+        return CLOSED
+    if unclaimed < ceil_div(limit[0], size):
+        if unclaimed < ceil_div(least, size):
+            return NO_ROOM
+        limit[0] = min(limit[0], unclaimed * size)
+    if ceil_div(tokens, size) > pool.space.blocks.free_blocks + pool.limbo_blocks - keep:
+        return NO_ROOM
+    pool.pause = 0
+    return admit(pool, tokens, limit[0], True, handle)
 
 
 cdef status_t pool_append(pool_t *pool, handle_t handle, int64_t count) noexcept nogil:

@@ -1,0 +1,44 @@
+"""What every call into a cache needs."""
+
+from libc.stdint cimport int64_t
+
+from kvcache._copy cimport Copier
+from kvcache._pool cimport handle_t, pool_t, status_t
+
+
+cdef class Allocation:
+    cdef readonly object request_id
+    cdef readonly int64_t tokens
+    cdef readonly int64_t max_tokens
+    cdef readonly int64_t cached_tokens
+    cdef handle_t handle
+    cdef bint made
+
+
+cdef class Door:
+    cdef pool_t pool
+    cdef bint opened            # pool_init has been called
+    cdef dict ids               # request id -> Allocation, in order of admission
+    cdef Copier copier          # None: no storage
+    cdef int64_t arena_tokens
+    cdef tuple watchers         # None, or callables that are told of room, outside the lock
+    cdef bint untold            # freed by a finalizer under the lock, and the watchers have not been told yet
+    cdef object __weakref__
+
+    cdef Allocation find(self, object request_id)
+    cdef bint knows(self, Allocation record) except -1
+    cdef dict known(self)
+    cdef Allocation enter(self, Allocation record)
+    cdef int free_handle(self, handle_t handle) except -1
+    cdef int before_waiting(self) except -1
+    cdef int lock_pool(self) except -1
+    cdef int live(self, Allocation found) except -1
+    cdef bint answer(self, status_t status, object request_id) except -1
+    cdef int tell(self, object about) except -1
+    cdef int replace_watchers(self, tuple watchers) except -1
+    cdef int64_t tokens_of(self, object prompt) except -1
+    cdef int64_t limit_for(self, int64_t tokens, object max_tokens, object max_new_tokens) except -1
+    cdef int require_fitting(self, str what, object tokens, int64_t count) except -1
+
+
+cdef Allocation new_record(object request_id, int64_t tokens, int64_t limit)

@@ -1,0 +1,315 @@
+"""What every call into a cache needs: its sequences by their ids, the lock, waiting, and answers as Python knows them.
+
+Nothing that could run Python happens under the allocator's lock, except in `check` and where an
+arena has to, which say so to the lock; and nobody waits for the lock while holding the GIL.
+"""
+
+import cython
+
+from libc.stdint cimport INT64_MAX, int64_t
+
+from kvcache._calls cimport pool_free
+from kvcache._copy cimport copier_move
+from kvcache._ids cimport as_count, as_tokens, is_count
+from kvcache._lock cimport kv_lock, kv_lock_is_mine, kv_lock_try
+from kvcache._pool cimport (
+    CLOSED,
+    HELD,
+    MOVE_FAILED,
+    NO_MEMORY,
+    NO_ROOM,
+    OK,
+    PAST_LIMIT,
+    STALE,
+    ceil_div,
+    handle_t,
+    is_live,
+    place_of,
+    pool_destroy,
+    pool_init,
+    status_t,
+)
+from kvcache._sequences cimport defer_free, pool_unlock, retire
+
+from kvcache.errors import (
+    CacheClosed,
+    CacheHeld,
+    KVCacheError,
+    RequestTooLarge,
+    SequenceExists,
+    UnknownSequence,
+)
+
+cdef extern from *:
+    """
+    /* dict.get that never borrows: without a GIL another thread may let go of the value at any time. */
+    static inline PyObject *kv_find_in(PyObject *dict, PyObject *key)
+    {
+    #if PY_VERSION_HEX >= 0x030D0000
+        PyObject *value;
+        if (PyDict_GetItemRef(dict, key, &value) < 0)
+            return NULL;
+    #else
+        PyObject *value = PyDict_GetItemWithError(dict, key);
+        if (!value && PyErr_Occurred())
+            return NULL;
+        Py_XINCREF(value);
+    #endif
+        return value ? value : Py_NewRef(Py_None);
+    }
+    """
+    object find_in "kv_find_in" (dict where, object key)
+
+
+# ---- what has been granted
+
+@cython.final
+@cython.freelist(256)
+cdef class Allocation:
+    """Allocation(request_id, tokens, max_tokens, cached_tokens)\n--\n
+
+    What has been granted: a record, which stays as it is whatever becomes of the sequence.
+
+    Attributes
+    ----------
+    request_id : hashable
+    tokens : int
+        Tokens of the prompt; of a fork, the parent's used tokens.
+    max_tokens : int
+        The limit, in tokens in total.
+    cached_tokens : int
+        Leading tokens whose K/V are in place already; of a fork, what the parent had committed.
+    """
+
+    def __init__(self, request_id, tokens, max_tokens, cached_tokens):
+        if self.made:
+            raise TypeError("an Allocation does not change")
+        self.made = True
+        self.request_id = request_id
+        self.tokens = tokens
+        self.max_tokens = max_tokens
+        self.cached_tokens = cached_tokens
+
+    def _fields(self):
+        return self.request_id, self.tokens, self.max_tokens, self.cached_tokens
+
+    def __eq__(self, other):
+        if not isinstance(other, Allocation):
+            return NotImplemented
+        return self._fields() == other._fields()
+
+    def __hash__(self):
+        return hash(self._fields())
+
+    def __repr__(self):
+        return (f"Allocation(request_id={self.request_id!r}, tokens={self.tokens}, max_tokens={self.max_tokens}, "
+                f"cached_tokens={self.cached_tokens})")
+
+    def __reduce__(self):
+        return Allocation, self._fields()
+
+
+cdef Allocation new_record(object request_id, int64_t tokens, int64_t limit):
+    cdef Allocation record = Allocation.__new__(Allocation)
+    record.made = True
+    record.request_id = request_id
+    record.tokens, record.max_tokens, record.cached_tokens = tokens, limit, 0
+    return record
+
+
+# ---- finding, locking, waiting, answering
+
+cdef class Door:
+    """What `CacheCore` is made of first: the pool and its lock, the ids, and whoever watches."""
+
+    def __init__(self, num_blocks, block_size, *, paged, overcommit, num_marks, most_moved=None, copier=None):
+        """`copier` moves the bytes (None: there are none); `num_marks` written prefixes are kept per sequence; one call
+        moves at most `most_moved` used tokens (None: as many as it takes).
+        """
+        cdef double budget
+        if self.opened:
+            raise KVCacheError("a cache is made once: __init__ has been called before")
+        budget = <double>overcommit * <double>num_blocks
+        self.ids = {}
+        self.arena_tokens = <int64_t>num_blocks * <int64_t>block_size
+        if pool_init(&self.pool, num_blocks, block_size, paged,
+                     INT64_MAX >> 1 if budget >= 4e18 else <int64_t>(budget + 1e-9), num_marks):
+            pool_destroy(&self.pool)
+            raise MemoryError(f"no memory for the bookkeeping of {num_blocks} blocks")
+        self.opened = True
+        self.pool.most_moved = -1 if most_moved is None else <int64_t>most_moved
+        if copier is not None:
+            self.copier = copier
+            self.pool.move, self.pool.arena = copier_move, <void *>self.copier
+
+    def __dealloc__(self):
+        if self.opened:
+            pool_destroy(&self.pool)
+
+    # -- sequences by their ids
+
+    cdef Allocation find(self, object request_id):
+        if not self.opened:
+            raise KVCacheError("KVCache.__init__ has not been called")
+        found = find_in(self.ids, request_id)
+        if found is None:
+            if self.pool.closed:
+                raise CacheClosed()
+            raise UnknownSequence(request_id=request_id)
+        return <Allocation>found
+
+    cdef bint knows(self, Allocation record) except -1:
+        """Whether its id is that of the very sequence that was granted, not of another one."""
+        return self.opened and find_in(self.ids, record.request_id) is record
+
+    cdef dict known(self):
+        if not self.opened:
+            raise KVCacheError("KVCache.__init__ has not been called")
+        if self.pool.closed:
+            raise CacheClosed()
+        return self.ids
+
+    cdef Allocation enter(self, Allocation record):
+        """Makes a sequence that has been admitted known by its id."""
+        try:
+            known = self.ids.setdefault(record.request_id, record)
+        except BaseException:
+            self.free_handle(record.handle)
+            raise
+        if known is not record:  # another thread, or the id's own __eq__, came first
+            self.free_handle(record.handle)
+            raise SequenceExists(request_id=record.request_id)
+        if self.pool.closed:
+            self.ids.clear()
+            raise CacheClosed()
+        return record
+
+    cdef int free_handle(self, handle_t handle) except -1:
+        cdef status_t status
+        if kv_lock_try(&self.pool.lock):
+            status = retire(&self.pool, handle)
+            pool_unlock(&self.pool)
+        elif kv_lock_is_mine(&self.pool.lock):
+            status = NO_MEMORY if defer_free(&self.pool, handle) else OK
+        else:
+            with nogil:
+                status = pool_free(&self.pool, handle)
+        if status == NO_MEMORY:
+            raise MemoryError("no memory to give blocks back under a hold")
+        return 0
+
+    # -- the lock, and who waits for it
+
+    cdef int before_waiting(self) except -1:
+        """This thread must not wait for a lock that it has: a finalizer that runs in the middle of a move."""
+        if not self.opened:
+            raise KVCacheError("KVCache.__init__ has not been called")
+        if kv_lock_is_mine(&self.pool.lock):
+            raise CacheHeld(holds=1)
+        return 0
+
+    cdef int lock_pool(self) except -1:
+        if not (self.opened and kv_lock_try(&self.pool.lock)):
+            self.before_waiting()
+            with nogil:
+                kv_lock(&self.pool.lock)
+        return 0
+
+    cdef int live(self, Allocation found) except -1:
+        """Locks the pool and returns the sequence's place in it; whoever calls unlocks."""
+        self.lock_pool()
+        if is_live(&self.pool, found.handle):
+            return place_of(found.handle)
+        pool_unlock(&self.pool)
+        self.answer(STALE, found.request_id)
+
+    # -- answers, and whoever watches for room
+
+    cdef bint answer(self, status_t status, object request_id) except -1:
+        """True and False as they are returned, everything else as the error that it is."""
+        if self.untold:
+            self.untold = False
+            self.tell(self)
+        if status == OK:
+            return True
+        if status == NO_ROOM or status == PAST_LIMIT:
+            return False
+        if status == STALE:
+            if self.pool.closed:
+                raise CacheClosed()
+            raise UnknownSequence(request_id=request_id)
+        if status == HELD:
+            raise CacheHeld(holds=self.pool.num_holders)
+        if status == CLOSED:
+            raise CacheClosed()
+        if status == NO_MEMORY:
+            raise MemoryError("no memory for the bookkeeping; nothing has changed")
+        if status == MOVE_FAILED:
+            raise self.copier.take_error()
+        raise KVCacheError(f"unexpected status {status}")
+
+    cdef int tell(self, object about) except -1:
+        """Tells whoever watches that there may be room: `about` is a request id, or the cache for anything else."""
+        if kv_lock_is_mine(&self.pool.lock):  # a finalizer's: told by the call that it interrupts
+            self.untold = True
+            return 0
+        self.lock_pool()
+        watchers = self.watchers  # without a GIL, `_watch` may let go of the tuple at any time
+        pool_unlock(&self.pool)
+        if watchers is not None:
+            for watcher in <tuple>watchers:
+                watcher(about)
+        return 0
+
+    def _watch(self, watcher):
+        """Has `watcher` called, without a lock, with what may have made room: a request id, or the cache."""
+        self.replace_watchers((self.watchers or ()) + (watcher,))
+
+    def _unwatch(self, watcher):
+        self.replace_watchers(tuple([each for each in self.watchers or () if each != watcher]) or None)
+
+    cdef int replace_watchers(self, tuple watchers) except -1:
+        self.lock_pool()
+        watchers, self.watchers = self.watchers, watchers  # the old ones go after the unlock: that may run Python
+        pool_unlock(&self.pool)
+        return 0
+
+    # -- what is asked for
+
+    cdef int64_t tokens_of(self, object prompt) except -1:
+        cdef int64_t tokens
+        if is_count(prompt):
+            tokens = as_count(prompt, "prompt", 1)
+        else:
+            tokens = len(as_tokens(prompt))
+            if tokens == 0:
+                raise ValueError("a prompt needs at least 1 token, this one has none")
+        self.require_fitting("prompt", prompt, tokens)
+        return tokens
+
+    cdef int64_t limit_for(self, int64_t tokens, object max_tokens, object max_new_tokens) except -1:
+        cdef int64_t limit
+        if max_tokens is None and max_new_tokens is None:
+            return ceil_div(tokens, self.pool.space.block_size) * self.pool.space.block_size
+        if max_new_tokens is None:
+            limit = as_count(max_tokens, "max_tokens", 0)
+            if limit < tokens:
+                raise ValueError(f"max_tokens is {max_tokens}, the prompt alone has {tokens} tokens")
+        elif max_tokens is None:
+            limit = tokens + as_count(max_new_tokens, "max_new_tokens", 0)
+            max_tokens = tokens + int(max_new_tokens)
+        else:
+            raise TypeError(f"max_tokens={max_tokens!r} and max_new_tokens={max_new_tokens!r}: give one of the two")
+        self.require_fitting("max_tokens", max_tokens, limit)
+        return limit
+
+    cdef int require_fitting(self, str what, object tokens, int64_t count) except -1:
+        if not self.opened:
+            raise KVCacheError("KVCache.__init__ has not been called")
+        if count > self.arena_tokens:
+            if self.pool.closed:
+                raise CacheClosed()
+            asked = int(tokens) if is_count(tokens) else count
+            raise RequestTooLarge(what=what, tokens=asked, blocks_needed=-(-asked // self.pool.space.block_size),
+                                  num_blocks=self.pool.space.blocks.num_blocks)
+        return 0
