@@ -68,6 +68,7 @@ RANKS = {
     "_door": 1,
     "_ids": 1,
     "_looks": 1,
+    "_members": 1,
     "_placement": 1,
     "_pool": 1,
     "_prices": 1,
