@@ -10,7 +10,7 @@ from libc.stdlib cimport realloc
 from libc.string cimport memcpy
 
 from kvcache._blocks cimport NOWHERE, block_is_free, mark_free, take_block, take_lowest
-from kvcache._evict cimport evict_some, make_clean
+from kvcache._evict cimport evict_some, keep_quota, keep_quotas, make_clean
 from kvcache._index cimport move_blocks
 from kvcache._lock cimport kv_unlock
 from kvcache._moves cimport move_t
@@ -53,7 +53,7 @@ from kvcache._pool cimport (
     status_t,
     tail_is_kept,
 )
-from kvcache._reuse cimport disown, index_more, index_twin, leave_runs, share_names, unindex, worth_keeping
+from kvcache._reuse cimport cuts_pin, disown, index_more, index_twin, leave_runs, share_names, unindex, worth_keeping
 from kvcache._scatter cimport (
     copy_to_runs,
     drop_runs,
@@ -100,6 +100,7 @@ cdef void do_deferred(pool_t *pool) noexcept nogil:
     while pool.deferred_releases:
         pool.deferred_releases -= 1
         release_mine(pool)
+        keep_quotas(pool)
     while pool.num_deferred:
         pool.num_deferred -= 1
         retire(pool, pool.deferred[pool.num_deferred], NAN)
@@ -240,6 +241,7 @@ cdef status_t retire(pool_t *pool, handle_t handle, double when) noexcept nogil:
         leave_runs(pool, who, keep)
     else:
         leave(pool, who)
+    keep_quota(pool, pool.space.seqs[who].salt)
     pool.sight.frees += 1
     pool.changes += 1
     return OK
@@ -430,6 +432,8 @@ cdef status_t cut(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil:
         if will and not was:
             change_holders(pool, seq.table[keep - 1], 0, 1)
     else:
+        if cuts_pin(pool, who, tokens // size):
+            return refuse(pool, 0)
         unindex(pool, who, tokens // size)
         drop_tail(pool, who, keep)
     if tokens % size:
