@@ -22,6 +22,7 @@ from kvcache._index cimport (
 )
 from kvcache._leaves cimport prefer, reserve_priorities
 from kvcache._moves cimport move_t
+from kvcache._placement cimport place_in_gap
 from kvcache._policy cimport HIT, touch
 from kvcache._pool cimport (
     HELD,
@@ -296,16 +297,20 @@ cdef status_t revive(pool_t *pool, request_t *request, int32_t run, int64_t more
 cdef status_t admit_new(pool_t *pool, request_t *request, int64_t hits, int64_t blocks, int64_t claim,
                         bint patient, handle_t *handle) noexcept nogil:
     """A run of its own, into which what was found is copied after whatever else has to move."""
-    cdef status_t status
+    cdef status_t status = OK
+    cdef bint guarded = False
     if hits and not patient:
         return BUSY  # bytes are copied
-    guard_sources(pool, hits)
-    status = plan_run(pool, blocks, claim, patient)
+    if pool.space.blocks.free_blocks < blocks or not place_in_gap(&pool.space, blocks, claim):
+        guarded = hits > 0
+        guard_sources(pool, hits)
+        status = plan_run(pool, blocks, claim, patient)
     if status == OK:
         status = copy_hits(pool, request, hits, blocks, handle)
     elif status == NO_RUN:
         status = NO_MEMORY if reserve_runs(pool, blocks) else scatter_hits(pool, request, hits, blocks, claim, handle)
-    release_sources(pool, hits)
+    if guarded:
+        release_sources(pool, hits)
     if status == OK:
         for index in range(hits):
             enter_copy(pool, place_of(handle[0]), index)

@@ -189,6 +189,7 @@ cdef status_t pool_pin(pool_t *pool, handle_t handle, int32_t salt, const int32_
     elif not pool.closed:
         blocks[0] = match_ids(&pool.index, salt, ids, blocks[0], pool.found)
         status = pin_found(pool, blocks[0], last)
+    keep_quotas(pool)  # an earlier pin may have moved
     pool_unlock(pool)
     return status
 

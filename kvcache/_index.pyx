@@ -442,7 +442,8 @@ cdef str check_entry(const index_t *index, int32_t entry, int64_t *linked):
         linked[0] += 1
         before, block = block, index.next_copy[block] - 1
     if index.last_copy[seen.block] != (before + 1 if before != seen.block else 0):
-        return f"entry {entry} ends at block {before}, its first block {seen.block} says {index.last_copy[seen.block] - 1}"
+        return (f"entry {entry} ends at block {before}, "
+                f"its first block {seen.block} says {index.last_copy[seen.block] - 1}")
     if cached != seen.cached:
         return f"entry {entry} has {cached} cached blocks, its count says {seen.cached}"
     if may_leave(index, entry) != is_leaf(&index.leaves, entry):

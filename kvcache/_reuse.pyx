@@ -117,12 +117,12 @@ cdef inline int32_t run_with(const pool_t *pool, int32_t who, int64_t index) noe
 cdef void unindex(pool_t *pool, int32_t who, int64_t keep) noexcept nogil:
     """Blocks from `keep` on are cut or overwritten: those that nobody else holds lose their content."""
     cdef seq_t *seq = &pool.space.seqs[who]
-    cdef int64_t block
-    while seq.indexed > keep:
-        seq.indexed -= 1
-        block = block_at(pool, who, seq.indexed)
+    cdef int64_t index, block
+    for index in range((seq.blocks if pool.paged else seq.indexed) - 1, keep - 1, -1):
+        block = block_at(pool, who, index)
         if entry_at(&pool.index, block) >= 0 and not (pool.paged and pool.refs[block] > 1):
             forget_block(&pool.index, block)
+    seq.indexed = min(seq.indexed, <int32_t>keep)
 
 
 cdef bint cuts_pin(const pool_t *pool, int32_t who, int64_t first) noexcept nogil:

@@ -425,7 +425,8 @@ cdef status_t cut(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil:
     if pool.paged:
         if over_budget_after_cut(pool, who, tokens):
             return refuse(pool, 0)
-        unindex(pool, who, tokens // size)
+        if pool.space.traced:
+            unindex(pool, who, tokens // size)
         will = is_writer(pool, who, tokens, seq.limit) and pool.refs[seq.table[keep - 1]] > 1
         was = dropped == 0 and is_writer(pool, who, hot.tokens, seq.limit)
         drop_tail(pool, who, keep)
@@ -434,7 +435,8 @@ cdef status_t cut(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil:
     else:
         if cuts_pin(pool, who, tokens // size):
             return refuse(pool, 0)
-        unindex(pool, who, tokens // size)
+        if pool.space.traced:
+            unindex(pool, who, tokens // size)
         drop_tail(pool, who, keep)
     if tokens % size:
         keep_content(pool, slot_of(pool, who, tokens) // size,
@@ -524,7 +526,8 @@ cdef void mark_written(pool_t *pool, int32_t who, int64_t mark, int64_t start, i
     cdef int64_t size = pool.space.block_size
     if start < written[0] and start < committed_tokens(pool, who):
         lower_marks(pool, who, start)
-        unindex(pool, who, start // size)
+        if pool.space.traced:
+            unindex(pool, who, start // size)
     if pool.space.traced:
         disown(pool, who, start, count)
     if start <= written[0]:
