@@ -186,7 +186,7 @@ cdef class CacheCore(Prefixes):
             return False
         try:
             self.free_handle((<Allocation>found).handle)
-        except MemoryError:  # nothing has been given back
+        except BaseException:  # no memory, or a clock that fails: nothing has been given back
             self.ids.setdefault(request_id, found)
             raise
         if unlikely(self.scorer is not None):
