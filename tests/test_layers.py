@@ -50,6 +50,12 @@ RANKS = {
     "stats": 3,
     "arena": 2,
     "block_map": 2,
+    "cache_file": 2,
+    "chunks": 2,
+    "store": 2,
+    "store_files": 2,
+    "store_jobs": 2,
+    "store_memory": 2,
     "memory": 2,
     "refusals": 2,
     "strategies": 2,
@@ -69,6 +75,7 @@ RANKS = {
     "_ids": 1,
     "_looks": 1,
     "_members": 1,
+    "_pack": 1,
     "_placement": 1,
     "_pool": 1,
     "_prices": 1,
@@ -106,6 +113,8 @@ OPTIONAL = (
     "distributed",
     "prometheus_client",
     "opentelemetry",
+    "safetensors",
+    "xxhash",
 )
 
 CIMPORT = re.compile(r"^\s*from\s+([\w.]+)\s+c?import\s+(\(?[\w ,]*)|^\s*c?import\s+([\w., ]+)", re.MULTILINE)
