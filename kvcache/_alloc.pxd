@@ -3,7 +3,7 @@
 `CacheCore.pool` is valid for as long as the cache lives. Keep a reference to the cache; the pool keeps none.
 """
 
-from libc.stdint cimport int64_t
+from libc.stdint cimport int32_t, int64_t
 
 from kvcache._calls cimport (
     pool_allocate,
@@ -44,7 +44,7 @@ from kvcache._runs cimport BlockAllocator, BlockRun
 
 
 cdef class CacheCore(Looks):
-    cdef bint append_patiently(self, Allocation found, int64_t count) except -1
+    cdef bint append_patiently(self, Allocation found, int64_t count, const int32_t *ids) except -1
 
 
 cdef handle_t handle_of(CacheCore cache, object request_id) except 0
