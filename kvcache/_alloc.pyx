@@ -212,6 +212,8 @@ cdef class CacheCore(Looks):
         if found is None:
             return False
         try:
+            if unlikely(self.away is not None):
+                self.left(<Allocation>found)
             self.free_handle((<Allocation>found).handle)
         except MemoryError:  # nothing has been given back
             self.ids.setdefault(request_id, found)

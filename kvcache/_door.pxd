@@ -26,6 +26,7 @@ cdef class Door:
     cdef bint untold            # freed by a finalizer under the lock, and the watchers have not been told yet
     cdef object clock           # None: calls are counted
     cdef dict salts             # (type, value) -> number
+    cdef dict away              # request id -> Journey of a sequence that is suspended, or on its way; None: never yet
     cdef object __weakref__
 
     cdef Allocation find(self, object request_id)
@@ -36,6 +37,7 @@ cdef class Door:
     cdef int before_waiting(self) except -1
     cdef int lock_pool(self) except -1
     cdef int live(self, Allocation found) except -1
+    cdef int left(self, Allocation record) except -1
     cdef bint answer(self, status_t status, object request_id) except -1
     cdef int tell(self, object about) except -1
     cdef int replace_watchers(self, tuple watchers) except -1

@@ -5,8 +5,8 @@ from libc.stdint cimport int64_t
 from kvcache._copy cimport Copier
 from kvcache._moves cimport span_t
 
-# `spans` are runs of slots; their rows are the tokens [0, tokens) of the payload, in order and without gaps.
-# Called without the GIL. Nonzero: the exception is in Copier.errors. An unpack that fails has written nothing.
+# `spans` are runs of slots; their rows are tokens of the payload, which has `tokens`: all of them for a pack. Called
+# without the GIL. Nonzero: the exception is in Copier.errors. An unpack in host memory that fails has written nothing.
 cdef int copier_pack(
     void *copier, const span_t *spans, int64_t count, int64_t tokens, char *payload
 ) noexcept nogil

@@ -46,7 +46,7 @@ cdef int pack_spans(
         return 1
     if self.by_graph:
         return pack_by_graph(self, spans, count, tokens, payload)
-    copy_planes(self, spans, count, payload, True)
+    copy_planes(self, spans, count, tokens, payload, True)
     return 0
 
 
@@ -59,24 +59,24 @@ cdef int unpack_spans(
         return unpack_by_graph(self, spans, count, tokens, payload)
     if self.waits and wait(self):
         return 1
-    copy_planes(self, spans, count, <char *>payload, False)  # which is only read
+    copy_planes(self, spans, count, tokens, <char *>payload, False)  # which is only read
     return 0
 
 
 cdef bint refused(Copier self, const span_t *spans, int64_t count, int64_t tokens) noexcept nogil:
-    """Whether the arena is closed, or the spans are not the tokens [0, tokens) of slots that it has."""
-    cdef int64_t i, row = 0, slots = self.num_blocks * self.block_size
+    """Whether the arena is closed, or the spans are no tokens of the chunk in slots that it has."""
+    cdef int64_t i, slots = self.num_blocks * self.block_size
     if self.closed:
         say_closed(self)
         return True
     for i in range(count):
-        if spans[i].row != row or spans[i].count < 0 or not 0 <= spans[i].slot <= slots - spans[i].count:
-            say_span(self, &spans[i], slots)
+        if (
+            spans[i].count < 0
+            or not 0 <= spans[i].row <= tokens - spans[i].count
+            or not 0 <= spans[i].slot <= slots - spans[i].count
+        ):
+            say_span(self, &spans[i], tokens, slots)
             return True
-        row += spans[i].count
-    if row != tokens:
-        say_tokens(self, row, tokens)
-        return True
     return False
 
 
@@ -84,33 +84,32 @@ cdef void say_closed(Copier self) noexcept with gil:
     keep_error(self, ValueError("the arena is closed"))
 
 
-cdef void say_span(Copier self, const span_t *bad, int64_t slots) noexcept with gil:
+cdef void say_span(Copier self, const span_t *bad, int64_t tokens, int64_t slots) noexcept with gil:
     keep_error(self, ValueError(
-        f"{bad.count} tokens of a chunk, from {bad.row} on, do not lie in slots from {bad.slot} of {slots}"
+        f"{bad.count} tokens from {bad.row} on, of a chunk of {tokens}, do not lie in slots from {bad.slot} of {slots}"
     ))
 
 
-cdef void say_tokens(Copier self, int64_t there, int64_t tokens) noexcept with gil:
-    keep_error(self, ValueError(f"slots for {there} tokens of a chunk of {tokens}"))
-
-
-cdef void copy_planes(Copier self, const span_t *spans, int64_t count, char *payload, bint out) noexcept nogil:
+cdef void copy_planes(Copier self, const span_t *spans, int64_t count, int64_t tokens, char *payload,
+                      bint out) noexcept nogil:
     """From the arena to the payload (`out`), or back."""
     cdef int64_t number, head, i
     cdef size_t size
     cdef plane_t *plane
-    cdef char *base
+    cdef char *here
+    cdef char *there
     for number in range(self.first[self.num_layers]):
         plane = &self.planes[number]
         for head in range(plane.heads):
-            base = plane.data + head * plane.head_stride
             for i in range(count):
                 size = <size_t>(spans[i].count * plane.token_stride)
+                here = plane.data + head * plane.head_stride + spans[i].slot * plane.token_stride
+                there = payload + spans[i].row * plane.token_stride
                 if out:
-                    memcpy(payload, base + spans[i].slot * plane.token_stride, size)
+                    memcpy(there, here, size)
                 else:
-                    memcpy(base + spans[i].slot * plane.token_stride, payload, size)
-                payload += size
+                    memcpy(here, there, size)
+            payload += tokens * plane.token_stride
 
 
 # --- where the host may not touch the arena

@@ -52,6 +52,7 @@ RANKS = {
     "block_map": 2,
     "cache_file": 2,
     "chunks": 2,
+    "saving": 2,
     "store": 2,
     "store_files": 2,
     "store_jobs": 2,
@@ -59,6 +60,7 @@ RANKS = {
     "memory": 2,
     "refusals": 2,
     "strategies": 2,
+    "suspension": 2,
     "waiting": 2,
     "costs": 2,
     "model_weights": 2,
@@ -91,6 +93,7 @@ RANKS = {
     "_sight": 1,
     "_slides": 1,
     "_space": 1,
+    "_travel": 1,
     "_windows": 1,
     "_writes": 1,
     "model_config": 0,
@@ -105,7 +108,13 @@ RANKS = {
     "errors": 0,
     "spec": 0,
 }
-DOORS = {"_alloc", "_batch", "_copy", "_runs"}  # the other native modules are closed to the ranks above
+DOORS = {
+    "_alloc",
+    "_batch",
+    "_copy",
+    "_runs",
+    "_travel",
+}  # the other native modules are closed to the ranks above
 ROOMS = {name for name, rank in RANKS.items() if rank == 1} - DOORS
 ONLY_IMPORTER = {"mlx_lm": "mlx_lm"}  # outside package -> the one module that may import it
 OPTIONAL = (
