@@ -350,7 +350,7 @@ cdef class TravelCore(CacheCore):
 
     def _salts(self):
         """Salts by their numbers, which begin at 1; 0 is none."""
-        return {0: None, **{number: salt for (_, salt), number in list(self.salts.items())}}
+        return {0: None, **{number: salt for (_, salt), number in [*self.salts.items(), *self.limited.items()]}}
 
     def _entries(self, request_ids):
         """What is in the index, or what of it these sequences have: numbers of entries, of those before them
