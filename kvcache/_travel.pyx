@@ -7,6 +7,7 @@ finds that it does not live, while its blocks move about as they always do. Its 
 import numpy as np
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.math cimport NAN
 from libc.stdint cimport UINT32_MAX, int32_t, int64_t, uint32_t
 from libc.string cimport memcpy
 
@@ -158,7 +159,7 @@ cdef class TravelCore(CacheCore):
     def _put_away(self, Journey journey not None, bint ok):
         """The end of the way out. Whether it is suspended now; if not, it lives on as it did, or has been freed."""
         cdef status_t status = STALE
-        cdef double when = self.read_clock()
+        cdef double when = self.calm_clock()
         self.before_waiting()
         with nogil:
             kv_lock(&self.pool.lock)
@@ -176,6 +177,13 @@ cdef class TravelCore(CacheCore):
         if self.watchers is not None:
             self.tell(journey.record.request_id)
         return self.is_away(journey)
+
+    cdef double calm_clock(self):
+        """The clock's time; where it raises, calls are counted: what is on its way must come to an end."""
+        try:
+            return self.read_clock()
+        except Exception:
+            return NAN
 
     cdef bint is_away(self, Journey journey) except -1:
         """Not, if it has been freed: after `moving` has ended, whoever frees it has it abandoned."""
@@ -270,7 +278,7 @@ cdef class TravelCore(CacheCore):
         """The end of the way back: it lives again, with `in_place` leading tokens (-1: as it was); or it is suspended
         as before. Whether it has not been freed meanwhile; if so, its chunks are nobody's.
         """
-        cdef double when = self.read_clock()
+        cdef double when = self.calm_clock()
         cdef const int32_t[::1] ids = journey.ids, marks = journey.marks, written = journey.written
         cdef int64_t num_marks = self.pool.num_marks, first
         cdef bint there

@@ -41,11 +41,7 @@ def _planned(cache, request_ids):
 def load_prefixes(cache, path, pace):
     """Read a file, verify all of it, then enter what fits; how many of its tokens can be found then."""
     with CacheFile(path, cache.spec, cache.fingerprint) as file:
-        buffer = memoryview(bytearray(file.buffer_bytes))
-        file.verify(buffer)  # so that nothing changes if anything is wrong
-        if not file.chunks:
-            return 0
-        prefixes = _Prefixes(file, buffer)
+        prefixes = _Prefixes(file)  # all of it is verified: nothing changes if anything is wrong
         room = cache.free_tokens  # more would push out what has just been loaded
         for leaf in prefixes.leaves:
             if room <= 0:
@@ -55,13 +51,13 @@ def load_prefixes(cache, path, pace):
 
 
 class _Prefixes:
-    """The prefixes of a file: a path of chunks for each that nothing continues."""
+    """The prefixes of a file, which has been found in order: a path of chunks for each that nothing continues."""
 
-    def __init__(self, file, buffer):
+    def __init__(self, file):
         self.file = file
-        self.buffer = buffer
+        self.buffer = memoryview(bytearray(file.buffer_bytes))
         self.chunks = file.chunks
-        self.ids = [file.read(number, buffer)[0].astype(np.int32) for number in range(len(self.chunks))]
+        self.ids = [file.read(number, self.buffer)[0].astype(np.int32) for number in range(len(self.chunks))]
         continued = {chunk.parent for chunk in self.chunks}
         self.leaves = [number for number in range(len(self.chunks)) if number not in continued]
 

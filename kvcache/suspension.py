@@ -176,6 +176,7 @@ class Carrier:
         self._tasks = queue.SimpleQueue()
         self._thread = None
         self._closed = False
+        weakref.finalize(self, self._tasks.put, None).atexit = False  # lets the thread go
 
     def suspend(self, request_id, store):
         """A `Transfer` of a live sequence to `store` (None: to host memory)."""
@@ -254,16 +255,19 @@ class Carrier:
 
     def _send(self, journey, transfer, store, number):
         parcel = Parcel(store, [])
-        reason = FAILED
+        reason, away = FAILED, False
         try:
             reason = self._put_all(journey, parcel, number)
         finally:
             cache = self._cache()
             journey.chunks = parcel
-            if cache is None or not cache._put_away(journey, reason is None):
-                parcel.delete()
-                reason = reason or FREED
-            transfer._end(reason)
+            try:
+                away = cache is not None and cache._put_away(journey, reason is None)
+            finally:
+                if not away:
+                    parcel.delete()
+                    reason = reason or FREED
+                transfer._end(reason)
 
     def _put_all(self, journey, parcel, number):
         """None, or why not all chunks of the sequence are in the store."""
@@ -293,26 +297,24 @@ class Carrier:
         number, buffer = slot
         chunk = buffer[: label.chunk_bytes]
         self.pace.wait(len(chunk))
-        cache, reason, job = self._cache(), None, None
-        try:
-            if cache is None or not cache._pack_chunk(
-                journey, label.first_token, label.num_tokens, label.payload_of(chunk)
-            ):
-                reason = FREED
-            del cache
-            if reason is None:
-                label.seal(chunk)
-                parcel.labels.append(label)
-                job = _asked(lambda: parcel.store.put([label.key], [chunk], timeout=JOB_SECONDS))
-                reason = FAILED if job is None else None
-        except BaseException:
-            self._staging.give_back(number)
-            raise
+        packed, job = _asked(lambda: self._pack(journey, label, chunk)), None
+        if packed:
+            parcel.labels.append(label)
+            job = _asked(lambda: parcel.store.put([label.key], [chunk], timeout=JOB_SECONDS))
         if job is None:
             self._staging.give_back(number)
-        else:
-            under_way.append((job, number))
-        return reason
+            return FREED if packed is False else FAILED
+        under_way.append((job, number))
+        return None
+
+    def _pack(self, journey, label, chunk):
+        """Whether the chunk is in staging, sealed; False where its sequence has been freed."""
+        cache = self._cache()
+        place = label.first_token, label.num_tokens
+        if cache is None or not cache._pack_chunk(journey, *place, label.payload_of(chunk)):
+            return False
+        label.seal(chunk)
+        return True
 
     def _ended(self, job, slot, given_up=False):
         """None, or why the job did not do what it was asked for; its slot is given back."""
@@ -329,15 +331,17 @@ class Carrier:
 
     def _fetch(self, journey, transfer):
         parcel = journey.chunks
-        reason = FAILED
+        reason, there = FAILED, False
         try:
             reason = self._get_all(journey, parcel)
         finally:
             cache = self._cache()
-            there = cache is not None and cache._settle(journey, reason is None)
-            if reason is None or not there:
-                parcel.delete()
-            transfer._end(None if reason is None and there else reason or FREED)
+            try:
+                there = cache is not None and cache._settle(journey, reason is None)
+            finally:
+                if reason is None or not there:
+                    parcel.delete()
+                transfer._end(reason if there else FREED)
 
     def _get_all(self, journey, parcel):
         """None, or why not all chunks are in the arena. One is fetched while the one before is unpacked."""
@@ -369,25 +373,29 @@ class Carrier:
         return None
 
     def _unpack(self, journey, parcel, job, slot, chunk, label):
+        """None, or why the chunk, which its job was asked for, is not in the arena; its slot is given back."""
         ended = _asked(lambda: job.wait(JOB_SECONDS))
         outcome = _asked(lambda: job.outcomes()[0]) if ended else None
-        reason = None
-        try:
-            if outcome != Outcome.OK:
-                _asked(job.cancel)
-                reason = {Outcome.FULL: FULL, Outcome.MISS: LOST}.get(outcome, FAILED)
-            elif not label.verify(chunk):
-                self.corrupt_chunks += 1
-                _asked(lambda: parcel.store.delete([label.key], timeout=JOB_SECONDS))
-                reason = LOST
-            else:
-                cache = self._cache()
-                place = label.first_token, label.num_tokens
-                if cache is None or not cache._unpack_chunk(journey, *place, label.payload_of(chunk)):
-                    reason = FREED
-        finally:
-            self._staging.give_back(slot, job)
+        if outcome != Outcome.OK:
+            _asked(job.cancel)
+            reason = {Outcome.FULL: FULL, Outcome.MISS: LOST}.get(outcome, FAILED)
+        else:
+            there = _asked(lambda: self._verified(journey, parcel, chunk, label))
+            reason = {True: None, False: LOST}.get(there, FAILED)
+        self._staging.give_back(slot, job)
         return reason
+
+    def _verified(self, journey, parcel, chunk, label):
+        """Whether the chunk is what was put there; then it is in the arena, unless its sequence has been freed."""
+        if not label.verify(chunk):
+            self.corrupt_chunks += 1
+            _asked(lambda: parcel.store.delete([label.key], timeout=JOB_SECONDS))
+            return False
+        cache = self._cache()
+        place = label.first_token, label.num_tokens
+        if cache is not None:
+            cache._unpack_chunk(journey, *place, label.payload_of(chunk))
+        return True
 
 
 def slot_bytes_of(spec):

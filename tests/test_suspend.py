@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kvcache import KVCache, KVCacheError, UnknownSequence, suspension
+from kvcache._travel import TravelCore
 from kvcache.errors import CacheClosed, SequenceExists, Suspended
 from kvcache.store import Outcome, SettledJob
 from kvcache.store_files import DirectoryStore
@@ -644,6 +645,55 @@ def test_a_cache_with_a_carrier_is_let_go():
             break
         time.sleep(0.01)
     assert gone() is None
+
+
+def test_a_carrier_whose_cache_is_let_go_ends_its_thread():
+    cache = KVCache(LAYERS, HEADS, WIDTH, 64, BLOCK)
+    cache.allocate_for("a", 3)
+    suspended(cache, "a")
+    thread = cache._carrier._thread
+    del cache
+    gc.collect()
+    thread.join(SOON)
+    assert not thread.is_alive()
+
+
+def test_a_clock_that_raises_keeps_nobody_on_the_way():
+    raises = []
+
+    def clock():
+        if raises:
+            raise RuntimeError("no time")
+        return 1.0
+
+    with KVCache(LAYERS, HEADS, WIDTH, 64, BLOCK, clock=clock) as cache:
+        cache.allocate_for("a", 9)
+        data = fill(cache, "a", 1)
+        raises.append(True)
+        suspended(cache, "a")
+        resumed(cache, "a")
+        np.testing.assert_array_equal(contents(cache, "a"), data)
+
+
+def test_an_arena_that_cannot_be_read_leaves_the_sequence_and_staging_as_they_were(cache, monkeypatch):
+    cache.allocate_for("a", 30)
+    data = fill(cache, "a", 1)
+    calls = []
+
+    def pack(self, *arguments):
+        calls.append(arguments)
+        if len(calls) % 3 == 0:
+            raise RuntimeError("a device gone")
+        return TravelCore._pack_chunk(self, *arguments)
+
+    monkeypatch.setattr(KVCache, "_pack_chunk", pack, raising=False)
+    for _ in range(suspension.NUM_STAGED + 1):
+        transfer = cache.suspend("a")
+        assert transfer.wait(SOON) and transfer.reason == "failed"
+    monkeypatch.undo()
+    np.testing.assert_array_equal(contents(cache, "a"), data)
+    suspended(cache, "a")
+    resumed(cache, "a")
 
 
 def test_suspended_is_an_error_of_the_package():
