@@ -7,7 +7,7 @@ is held, or counts as held, from before the first eviction on.
 from libc.stdint cimport int32_t, int64_t
 
 from kvcache._blocks cimport NOWHERE
-from kvcache._evict cimport make_clean, shorten_run, uncache_run
+from kvcache._evict cimport make_clean, reserve_splits, shorten_run, uncache_run
 from kvcache._index cimport (
     bit_of,
     cache_block,
@@ -275,6 +275,9 @@ cdef status_t revive(pool_t *pool, request_t *request, int32_t run, int64_t more
     cdef int64_t size = pool.space.block_size, index, blocks = seq.blocks
     cdef bint fresh = bit_of(pool.index.fresh, seq.start)
     cdef status_t status = OK
+    if pool.index.pinned_blocks and reserve_splits(pool):
+        return NO_MEMORY
+    seq = &pool.space.seqs[run]
     for index in range(blocks):
         uncache_block(&pool.index, seq.start + index)
     seq.limit = <int32_t>request.limit  # what it may grow to counts where room is made
@@ -302,6 +305,8 @@ cdef status_t admit_new(pool_t *pool, request_t *request, int64_t hits, int64_t 
     if hits and not patient:
         return BUSY  # bytes are copied
     if pool.space.blocks.free_blocks < blocks or not place_in_gap(&pool.space, blocks, claim):
+        if (hits or pool.index.pinned_blocks) and reserve_splits(pool):
+            return NO_MEMORY
         guarded = hits > 0
         guard_sources(pool, hits)
         status = plan_run(pool, blocks, claim, patient)

@@ -128,6 +128,8 @@ cdef class CacheCore(Prefixes):
         finally:
             drop_ids(&ids)
         record.cached_tokens = request.cached
+        if unlikely(self.scorer is not None):
+            self.ask_policy()
         if status == OK:
             return self.enter(record)
         return self.enter(record) if self.answer(status, request_id) else None
@@ -189,6 +191,8 @@ cdef class CacheCore(Prefixes):
         except MemoryError:  # nothing has been given back
             self.ids.setdefault(request_id, found)
             raise
+        if unlikely(self.scorer is not None):
+            self.ask_policy()
         if unlikely(self.watchers is not None):
             self.tell(request_id)
         return True
@@ -230,6 +234,8 @@ cdef class CacheCore(Prefixes):
                 pool_unlock(&self.pool)
         finally:
             drop_ids(&ids)
+        if self.scorer is not None:
+            self.ask_policy()
         if status == HELD and not mine:
             return False
         record.max_tokens, record.cached_tokens = request.limit, request.cached
@@ -378,6 +384,8 @@ cdef class CacheCore(Prefixes):
         self.before_waiting()
         with nogil:
             status = pool_commit_at(&self.pool, handle, tokens, when)
+        if self.scorer is not None:
+            self.ask_policy()
         if status == BELOW_USED:
             raise ValueError(f"cannot commit {num_tokens} tokens, the sequence has {self.used_tokens(request_id)}")
         self.answer(status, request_id)

@@ -466,6 +466,8 @@ cdef class BatchCore(Members):
                 if status != HELD or self.wait_outside() != OK:
                     break
             pool_unlock(&cache.pool)
+        if cache.scorer is not None:
+            cache.ask_policy()
         if status == GONE:
             raise ValueError("a token of this step has been cut off since: nothing has been written")
         if status == NO_ROOM:

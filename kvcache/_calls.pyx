@@ -6,7 +6,7 @@ from libc.stdlib cimport realloc
 
 from kvcache._admit cimport admit, held_hits, most_hits
 from kvcache._compact cimport pack
-from kvcache._evict cimport keep_quotas
+from kvcache._evict cimport keep_quotas, reserve_splits
 from kvcache._index cimport match_ids
 from kvcache._lock cimport kv_lock, kv_lock_wait, kv_lock_wake, kv_thread
 from kvcache._pool cimport (
@@ -198,7 +198,7 @@ cdef status_t pool_unpin(pool_t *pool, int32_t last) noexcept nogil:
     """Undoes the pin that ended at this entry."""
     cdef status_t status
     kv_lock(&pool.lock)
-    status = CLOSED if pool.closed else unpin(pool, last)
+    status = CLOSED if pool.closed else NO_MEMORY if reserve_splits(pool) else unpin(pool, last)
     keep_quotas(pool)
     pool_unlock(pool)
     return status

@@ -28,6 +28,7 @@ cdef class Door:
     cdef dict salts             # (type, value) -> number, the last used last; as many as may have anything cached
     cdef dict limited           # of those with a quota, for ever
     cdef int32_t last_salt
+    cdef object scorer          # None, or the user's policy: asked once the lock has been given up
     cdef int64_t block_bytes
     cdef dict away              # request id -> Journey of a sequence that is suspended, or on its way; None: never yet
     cdef object __weakref__
@@ -45,6 +46,7 @@ cdef class Door:
     cdef int tell(self, object about) except -1
     cdef int replace_watchers(self, tuple watchers) except -1
     cdef int64_t tokens_of(self, object prompt, ids_t *ids) except -1
+    cdef int ask_policy(self) except -1
     cdef double read_clock(self) except? -1
     cdef int32_t salt_of(self, object salt) except -1
     cdef int ask(self, request_t *request, object salt, object priority, object ttl) except -1

@@ -4,12 +4,15 @@ Nothing that could run Python happens under the allocator's lock, except in `che
 arena has to, which say so to the lock; and nobody waits for the lock while holding the GIL.
 """
 
+import logging
 import os
+from typing import NamedTuple
 
 import cython
 
 from libc.math cimport NAN
 from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint64_t
+from libc.stdlib cimport free
 from libc.string cimport memcpy
 
 from kvcache._calls cimport pool_free_at
@@ -33,7 +36,8 @@ from kvcache._pool cimport (
     pool_init,
     status_t,
 )
-from kvcache._policy cimport LRU, policy_init
+from kvcache._leaves cimport weigh
+from kvcache._policy cimport LRU, policy_init, touch_t
 from kvcache._sequences cimport defer_free, pool_unlock, retire
 
 from kvcache.errors import (
@@ -73,6 +77,36 @@ cdef enum:
 cdef uint64_t[4] SEED  # of this process: which prompts collide cannot be known from outside
 cdef bytes entropy = os.urandom(sizeof(SEED))
 memcpy(SEED, <const char *>entropy, sizeof(SEED))
+
+
+# ---- what a policy of the user's is told
+
+class CachedBlock(NamedTuple):
+    """What has happened to a block that may be evicted one day, for a policy to say what it is worth.
+
+    Attributes
+    ----------
+    event : str
+        ``"inserted"``, ``"hit"``, or ``"released"`` when its last holder has gone.
+    position : int
+        Blocks before it in its prompt.
+    length : int
+        Whole blocks of the prompt that touched it.
+    hits : int
+        How often it has been hit.
+    time : float
+        The cache's clock.
+    """
+
+    event: str
+    position: int
+    length: int
+    hits: int
+    time: float
+
+
+LOG = logging.getLogger("kvcache")
+EVENTS = ("inserted", "hit", "released")
 
 
 # ---- what has been granted
@@ -137,10 +171,10 @@ cdef class Door:
     """What `CacheCore` is made of first: the pool and its lock, the ids, and whoever watches."""
 
     def __init__(self, num_blocks, block_size, *, paged, overcommit, num_marks, most_moved=None, copier=None,
-                 order=LRU, clock=None, block_bytes=1):
+                 order=LRU, clock=None, block_bytes=1, scorer=None):
         """`copier` moves the bytes (None: there are none); `num_marks` written prefixes are kept per sequence; one call
         moves at most `most_moved` used tokens (None: as many as it takes). Cached prefixes leave in this `order`
-        (None: none are kept), by this `clock` (None: calls are counted).
+        (None: none are kept), by this `clock` (None: calls are counted); `scorer` is a policy of the user's.
         """
         cdef double budget
         if self.opened:
@@ -149,7 +183,7 @@ cdef class Door:
         self.ids = {}
         self.salts, self.limited = {}, {}
         self.block_bytes = block_bytes
-        self.clock = clock
+        self.clock, self.scorer = clock, scorer
         self.arena_tokens = <int64_t>num_blocks * <int64_t>block_size
         if pool_init(&self.pool, num_blocks, block_size, paged,
                      INT64_MAX >> 1 if budget >= 4e18 else <int64_t>(budget + 1e-9), num_marks,
@@ -300,6 +334,42 @@ cdef class Door:
         self.lock_pool()
         watchers, self.watchers = self.watchers, watchers  # the old ones go after the unlock: that may run Python
         pool_unlock(&self.pool)
+        return 0
+
+    # -- a policy of the user's
+
+    cdef int ask_policy(self) except -1:
+        """Has the user's policy weigh what was touched since it was last asked. It runs without a lock, and may call
+        the cache; what it raises is logged, and the block keeps its score.
+        """
+        cdef touch_t *touches = NULL
+        cdef int64_t index, count
+        cdef double now, score
+        if kv_lock_is_mine(&self.pool.lock):
+            return 0  # a finalizer's: the call that it interrupts asks
+        self.lock_pool()
+        count, touches, now = self.pool.policy.num_touches, self.pool.policy.touches, self.pool.policy.now
+        self.pool.policy.touches = NULL
+        self.pool.policy.num_touches = self.pool.policy.touch_capacity = 0
+        pool_unlock(&self.pool)
+        try:
+            for index in range(count):
+                touch = touches[index]
+                try:
+                    score = self.scorer.score(
+                        CachedBlock(EVENTS[touch.event], touch.depth, touch.length, touch.hits, now))
+                    if score != score:
+                        raise ValueError(f"the policy says that a block is worth {score}: a number is needed")
+                except Exception as error:
+                    LOG.error("a cache policy failed; the block keeps its score", exc_info=error)
+                    continue
+                self.lock_pool()
+                if (self.pool.index.entries != NULL
+                        and self.pool.index.entries[touch.entry].generation == touch.generation):
+                    weigh(&self.pool.index.leaves, touch.entry, score)
+                pool_unlock(&self.pool)
+        finally:
+            free(touches)
         return 0
 
     # -- what is asked for

@@ -11,8 +11,8 @@ from kvcache._blocks cimport NOWHERE, give_run, mark_free
 from kvcache._index cimport cached_copy, forget_block, has_twin, is_cached, note_gone
 from kvcache._leaves cimport age, quota_of, quota_t
 from kvcache._policy cimport note_evicted
-from kvcache._pool cimport end_run, pool_t
-from kvcache._space cimport end_of, own_ends, seq_t
+from kvcache._pool cimport add_places, end_run, pool_t, take_place
+from kvcache._space cimport end_of, own_ends, own_run, seq_t
 
 
 cdef void make_clean(pool_t *pool, int64_t blocks) noexcept nogil:
@@ -42,21 +42,20 @@ cdef void evict_one(pool_t *pool) noexcept nogil:
 
 
 cdef void evict_leaf(pool_t *pool, int32_t entry) noexcept nogil:
-    """A cached block of an entry after which nothing is cached."""
+    """A cached block of an entry after which nothing is cached; what follows in its run is pinned, or copied from."""
     cdef int64_t block = cached_copy(&pool.index, entry)
     cdef int32_t run
     if not has_twin(&pool.index, block):
         note_evicted(&pool.policy, &pool.index, entry)
         note_gone(&pool.index, entry)
-    run = NOWHERE if pool.paged else pool.space.blocks.cells[block].a
-    if run != NOWHERE and block + 1 < end_of(&pool.space.seqs[run]):  # what follows is pinned, its beginning elsewhere
-        drop_first(pool, run, block + 1 - pool.space.seqs[run].start)
-        return
     forget_block(&pool.index, block)
     if pool.paged:
         mark_free(&pool.space.blocks, block, 1)
-    else:
-        shorten_run(pool, run, pool.space.seqs[run].blocks - 1)
+        return
+    run = pool.space.blocks.cells[block].a
+    if block + 1 < end_of(&pool.space.seqs[run]):
+        split_run(pool, run, block + 1)
+    shorten_run(pool, run, block - pool.space.seqs[run].start)
 
 
 cdef void keep_quota(pool_t *pool, int32_t salt) noexcept nogil:
@@ -77,6 +76,24 @@ cdef void keep_quotas(pool_t *pool) noexcept nogil:
 
 
 # ---- cached runs
+
+cdef int reserve_splits(pool_t *pool) noexcept nogil:
+    """Places for what cached runs may be split into where some of their blocks are not evicted."""
+    while pool.vacancies <= pool.cached_runs + pool.index.pinned_blocks + 1:
+        if add_places(pool):
+            return -1
+    return 0
+
+
+cdef void split_run(pool_t *pool, int32_t run, int64_t at) noexcept nogil:
+    """The blocks of a cached run from `at` on are a run of their own. Places have been reserved."""
+    cdef int32_t rest = take_place(pool)
+    cdef int64_t end = end_of(&pool.space.seqs[run])
+    pool.space.seqs[rest].start, pool.space.seqs[rest].blocks = <int32_t>at, <int32_t>(end - at)
+    own_run(&pool.space, rest)
+    cache_run(pool, rest)
+    pool.space.seqs[run].blocks -= <int32_t>(end - at)
+
 
 cdef void cache_run(pool_t *pool, int32_t run) noexcept nogil:
     """A run that nobody holds any more, each of its blocks cached, is a run of its own."""

@@ -151,6 +151,8 @@ cdef class Looks(Door):
                 if status != HELD or wait_for_holds(&self.pool) != OK:
                     break
             pool_unlock(&self.pool)
+        if self.scorer is not None:
+            self.ask_policy()
         if status == GONE:
             begin = tokens - sources.rows if start is None else start
             raise ValueError(f"{sources.rows} rows from position {begin} on, the sequence has {tokens} tokens")

@@ -10,7 +10,7 @@ from libc.stdlib cimport realloc
 from libc.string cimport memcpy
 
 from kvcache._blocks cimport NOWHERE, block_is_free, mark_free, take_block, take_lowest
-from kvcache._evict cimport evict_some, keep_quota, keep_quotas, make_clean
+from kvcache._evict cimport evict_some, keep_quota, keep_quotas, make_clean, reserve_splits
 from kvcache._index cimport move_blocks
 from kvcache._lock cimport kv_unlock
 from kvcache._moves cimport move_t
@@ -134,6 +134,8 @@ cdef status_t plan_run(pool_t *pool, int64_t blocks, int64_t growth, bint patien
     cdef int64_t step = max(blocks >> 2, <int64_t>1), most = 4 * blocks
     cdef int64_t cheap = min(may_move(pool), max(blocks * pool.space.block_size, <int64_t>CHEAP))
     cdef status_t status
+    if pool.index.pinned_blocks and reserve_splits(pool):
+        return NO_MEMORY
     make_clean(pool, min(blocks + min(growth, <int64_t>ROOM_TO_GROW), free_blocks(pool)))
     if place_in_gap(&pool.space, blocks, growth):
         return OK
@@ -231,8 +233,9 @@ cdef status_t retire(pool_t *pool, handle_t handle, double when) noexcept nogil:
     if not is_live(pool, handle):
         return STALE
     seq = &pool.space.seqs[who]
-    if reserve_for_holds(pool, held(seq)):
+    if reserve_for_holds(pool, held(seq)) or (pool.index.leaves.num_quotas and reserve_splits(pool)):
         return NO_MEMORY
+    seq = &pool.space.seqs[who]
     read_clock(&pool.policy, when)
     pool.claims -= growth_of(&pool.space, seq)
     keep = worth_keeping(pool, who) if keeps(pool) and not pool.paged else 0
@@ -330,6 +333,8 @@ cdef status_t make_room(pool_t *pool, int32_t who, int64_t more, bint patient) n
     cdef status_t status = may_plan(pool, patient)
     if status == BUSY or (status == HELD and not scattered):
         return status
+    if pool.index.pinned_blocks and reserve_splits(pool):
+        return NO_MEMORY
     make_clean(pool, more)
     if status == OK and plan_room(pool, who, more):
         status = carry_out(pool)

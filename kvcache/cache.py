@@ -21,6 +21,7 @@ from kvcache.stats import CacheStats, stats_text
 _MAKING = threading.Lock()
 PLACEMENTS = ("contiguous", "paged")
 ORDERS = {"lru": 0, "priority": 0, "lfu": 1, "fifo": 2, "worth": 3}  # as in _policy.pxd
+FOREIGN = 4
 _new_stats = tuple.__new__  # of the namedtuple's fields, all of them
 
 
@@ -114,7 +115,8 @@ class KVCache(TravelCore):
             num_marks=spec.num_layers,
             most_moved=None if max_move_tokens is None else min(as_index(max_move_tokens, ""), 2**62),
             copier=arena.copier,
-            order=ORDERS[policy] if prefix_cache else None,
+            order=(ORDERS[policy] if isinstance(policy, str) else FOREIGN) if prefix_cache else None,
+            scorer=None if isinstance(policy, str) else policy,
             clock=clock,
             block_bytes=spec.block_bytes,
         )
@@ -602,8 +604,10 @@ def _check_options(placement, overcommit, prefix_cache, policy, clock):
         raise ValueError(f"overcommit must be at least 1, not {overcommit}")
     if not isinstance(prefix_cache, bool):
         raise TypeError(f"prefix_cache must be a bool, not {type(prefix_cache).__name__}")
-    if policy not in ORDERS:
-        raise ValueError(f"policy must be one of {', '.join(ORDERS)}, not {policy!r}")
+    if isinstance(policy, str) and policy not in ORDERS:
+        raise ValueError(f"policy must be one of {', '.join(ORDERS)}, or an object, not {policy!r}")
+    if not isinstance(policy, str) and not callable(getattr(policy, "score", None)):
+        raise TypeError(f"a policy has a method score(block), {type(policy).__name__} has none")
     if clock is not None and not callable(clock):
         raise TypeError(f"clock must be callable, not {type(clock).__name__}")
 
