@@ -7,7 +7,6 @@ import numpy.typing as npt
 from kvcache._alloc import CacheCore
 from kvcache._door import Allocation
 
-__pyx_capi__: dict[str, Any]
 __test__: dict[str, str]
 
 class Journey:
