@@ -3,6 +3,7 @@
 #   make demo       a small model decodes a few dozen requests out of one arena     ARGS="--requests 40"
 #   make replay     traffic of a service through a cache, and what it comes to      ARGS="--workload code"
 #   make test       the tests, against the installed package                        TESTS=tests/test_spec.py ARGS="-k itemsize"
+#   make fuzz       damaged files for the reader of cache files, for a minute               ARGS="10 SEED"
 #   make bench      the benchmarks, compared with the committed baseline
 #   make docs       the manual, warnings are errors: docs/_build/html
 #   make lint       ruff, cython-lint, Cython's performance hints, stubs
@@ -27,7 +28,7 @@ SOURCES := pyproject.toml setup.py MANIFEST.in LICENSE \
 # The tests see the installed package only: nothing beside them is called kvcache.
 PYTEST = cd $(VENV) && $(BIN)/pytest -c $(ROOT)/pyproject.toml --rootdir $(ROOT)
 
-.PHONY: demo replay test bench docs lint coverage sanitize dist dist-check inplace clean
+.PHONY: demo replay test fuzz bench docs lint coverage sanitize dist dist-check inplace clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -38,6 +39,9 @@ replay: $(VENV)/.replay
 
 test: $(VENV)/.test
 	$(PYTEST) $(addprefix $(ROOT)/,$(TESTS)) $(ARGS)
+
+fuzz: $(VENV)/.test
+	cd $(VENV) && bin/python $(ROOT)/tests/fuzz_cache_file.py $(or $(ARGS),60)
 
 bench: $(VENV)/.bench
 	$(BIN)/python bench/run.py $(ARGS)

@@ -84,3 +84,7 @@ def setup(app):
     app.connect("autodoc-process-docstring", restore_property, priority=600)
     app.connect("doctree-read", without_empty_ends)
     app.connect("missing-reference", resolve_name)
+
+
+# what the annotations of a protocol name is of Python
+nitpick_ignore = [("py:class", "collections.abc.Sequence")]

@@ -185,6 +185,8 @@ cdef class CacheCore(Prefixes):
         if found is None:
             return False
         try:
+            if unlikely(self.away is not None):
+                self.left(<Allocation>found)
             self.free_handle((<Allocation>found).handle)
         except BaseException:  # no memory, or a clock that fails: nothing has been given back
             self.ids.setdefault(request_id, found)

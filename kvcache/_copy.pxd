@@ -63,3 +63,7 @@ cdef int copier_move(void *copier, const move_t *moves, int64_t count) noexcept 
 cdef int copier_write(
     void *copier, void *sources, int64_t layer, const span_t *spans, int64_t count
 ) noexcept nogil
+
+# For the rooms that copy bytes themselves. Nonzero: the exception is in Copier.errors.
+cdef int keep_error(Copier self, object error) noexcept
+cdef int wait(Copier self) noexcept with gil

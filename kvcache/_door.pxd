@@ -30,6 +30,7 @@ cdef class Door:
     cdef int32_t last_salt
     cdef object scorer          # None, or the user's policy: asked once the lock has been given up
     cdef int64_t block_bytes
+    cdef dict away              # request id -> Journey of a sequence that is suspended, or on its way; None: never yet
     cdef object __weakref__
 
     cdef Allocation find(self, object request_id)
@@ -40,6 +41,7 @@ cdef class Door:
     cdef int before_waiting(self) except -1
     cdef int lock_pool(self) except -1
     cdef int live(self, Allocation found) except -1
+    cdef int left(self, Allocation record) except -1
     cdef bint answer(self, status_t status, object request_id) except -1
     cdef int tell(self, object about) except -1
     cdef int replace_watchers(self, tuple watchers) except -1

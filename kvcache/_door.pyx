@@ -46,6 +46,7 @@ from kvcache.errors import (
     KVCacheError,
     RequestTooLarge,
     SequenceExists,
+    Suspended,
     UnknownSequence,
 )
 
@@ -253,6 +254,10 @@ cdef class Door:
             raise MemoryError("no memory to give blocks back under a hold")
         return 0
 
+    cdef int left(self, Allocation record) except -1:
+        """Its id is known no more: whoever keeps something of it elsewhere lets go."""
+        return 0
+
     # -- the lock, and who waits for it
 
     cdef int before_waiting(self) except -1:
@@ -292,6 +297,8 @@ cdef class Door:
         if status == STALE:
             if self.pool.closed:
                 raise CacheClosed()
+            if self.away is not None and request_id in self.away:
+                raise Suspended(request_id=request_id)
             raise UnknownSequence(request_id=request_id)
         if status == HELD:
             raise CacheHeld(holds=self.pool.num_holders)

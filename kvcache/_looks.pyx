@@ -330,6 +330,8 @@ cdef class Looks(Door):
             kv_lock_runs_python(&self.pool.lock, False)
             pool_unlock(&self.pool)
         self.answer(OK, None)
+        if self.away is not None:
+            dead = [record for record in dead if record.request_id not in self.away]
         if wrong is None and dead:
             wrong = f"{dead[0].request_id!r} is known, its sequence does not live"
         if wrong is not None:

@@ -221,8 +221,10 @@ cdef class Members:
 
     cdef int drop(self, Allocation record, object arrays) except -1:
         cdef int64_t index = 0
-        while self.handles[index] != record.handle:
+        while index < self.size and self.handles[index] != record.handle:
             index += 1
+        if index == self.size:  # it has come back from where it was suspended, with another handle
+            index = [each is record.request_id for each in self.ids].index(True)
         del self.ids[index]
         self.size -= 1
         memmove(&self.handles[index], &self.handles[index + 1], (self.size - index) * sizeof(handle_t))

@@ -10,5 +10,7 @@ cdef void wish_write(pool_t *pool, int32_t who, int64_t start, int64_t count, wi
 cdef void unwish_write(pool_t *pool, int32_t who, int64_t start, int64_t count) noexcept nogil
 cdef status_t own_and_span(pool_t *pool, spans_t *spans, int32_t who, int64_t start, int64_t count,
                            int64_t row) noexcept nogil
+cdef status_t span_positions(pool_t *pool, spans_t *spans, int32_t who, int64_t start, int64_t count,
+                             int64_t row) noexcept nogil
 cdef status_t write_spans(pool_t *pool, const spans_t *spans, Copier copier, Sources sources,
                           int64_t layer) noexcept nogil

@@ -26,15 +26,22 @@ cdef status_t own_and_span(pool_t *pool, spans_t *spans, int32_t who, int64_t st
     """Copies shared blocks beneath positions [start, start + count), then enters their slots for rows from `row` on."""
     cdef int64_t size = pool.space.block_size
     cdef int64_t first = start // size, last = ceil_div(start + count, size)
-    cdef int64_t position = start, end, slot
-    cdef int32_t run = who
     cdef status_t status = own_blocks(pool, who, first, last, True) if pool.paged else OK
     if not pool.paged and cuts_pin(pool, who, first):
         pool.wanted, pool.unclaimed = held(&pool.space.seqs[who]), 0
         return NO_ROOM
     if status != OK:
         return status
-    if reserve_spans(spans, last - first):
+    return span_positions(pool, spans, who, start, count, row)
+
+
+cdef status_t span_positions(pool_t *pool, spans_t *spans, int32_t who, int64_t start, int64_t count,
+                             int64_t row) noexcept nogil:
+    """Enters the slots of positions [start, start + count), which the sequence has, for rows from `row` on."""
+    cdef int64_t size = pool.space.block_size
+    cdef int64_t position = start, end, slot
+    cdef int32_t run = who
+    if reserve_spans(spans, ceil_div(start + count, size) - start // size):
         return NO_MEMORY
     while position < start + count:  # a run is one span, a block of a table is one
         if pool.paged:

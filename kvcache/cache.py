@@ -6,9 +6,10 @@ it; the bytes are in `arena.py`. What is here brings the two together.
 
 import math
 import sys
+import threading
 
-from kvcache._alloc import CacheCore
 from kvcache._batch import BatchCore
+from kvcache._travel import TravelCore
 from kvcache.arena import make_arena
 from kvcache.block_map import image_of
 from kvcache.errors import KVCacheError, RequestTooLarge, UnknownSequence
@@ -17,13 +18,14 @@ from kvcache.refusals import Refusal, Room
 from kvcache.spec import KVCacheSpec
 from kvcache.stats import CacheStats, stats_text
 
+_MAKING = threading.Lock()
 PLACEMENTS = ("contiguous", "paged")
 ORDERS = {"lru": 0, "priority": 0, "lfu": 1, "fifo": 2, "worth": 3}  # as in _policy.pxd
 FOREIGN = 4
 _new_stats = tuple.__new__  # of the namedtuple's fields, all of them
 
 
-class KVCache(CacheCore):
+class KVCache(TravelCore):
     """The K/V of many sequences in one preallocated arena.
 
     Parameters
@@ -47,6 +49,13 @@ class KVCache(CacheCore):
         Used tokens that one call may move, for engines with a latency target; by default as many as it takes. What
         cannot be placed as one run within the bound is scattered (`is_contiguous` is False, views are gathered copies),
         nothing is refused, and it is made one run again when that is cheap. `compact` has a bound of its own.
+    fingerprint : bytes, optional
+        Names the model: weights, adapter, quantisation, RoPE. `save` and `load` need it.
+    staging_bytes : int, optional
+        Memory that K/V pass through on their way to a store and back: at least one chunk, by default four.
+    store_rate : float, optional
+        Bytes a second that go to stores and files and come back from them, so that steps that run meanwhile are not
+        slowed down; by default as many as it takes.
     stream : MLX stream, or several, optional
         With MLX: what to wait for before bytes move; by default the constructing thread's default stream.
 
@@ -69,6 +78,7 @@ class KVCache(CacheCore):
     """
 
     _status = None  # who serves it, if anybody does
+    _carrier = None  # who carries K/V to stores, if anybody ever has
 
     def __init__(
         self,
@@ -86,12 +96,16 @@ class KVCache(CacheCore):
         policy="lru",
         max_move_tokens=None,
         clock=None,
+        fingerprint=None,
+        staging_bytes=None,
+        store_rate=None,
         stream=None,
     ):
         spec = _spec_of(num_layers, num_kv_heads, head_dim, max_total_tokens, block_size, dtype)
         _check_options(placement, overcommit, prefix_cache, policy, clock)
         if max_move_tokens is not None and as_index(max_move_tokens, "max_move_tokens") < 0:
             raise ValueError(f"max_move_tokens must be at least 0, not {max_move_tokens}")
+        _check_stores(spec, fingerprint, staging_bytes, store_rate)
         arena = make_arena(spec, backend, stream)
         super().__init__(
             spec.num_blocks,
@@ -112,6 +126,8 @@ class KVCache(CacheCore):
         self.placement = placement
         self.overcommit = overcommit
         self.max_move_tokens = max_move_tokens
+        self.fingerprint = fingerprint
+        self._stores = staging_bytes, store_rate
         self._health = Watch()
         self._layers = spec.layers
         self._prices = spec.block_bytes, spec.bytes_per_token
@@ -137,6 +153,8 @@ class KVCache(CacheCore):
         super().close()
         if self._status is not None:
             self._status.close()
+        if self._carrier is not None:
+            self._carrier.close()
         self._k = self._v = ()
         self.arena.close()
 
@@ -274,6 +292,139 @@ class KVCache(CacheCore):
             )
         return planes.v_index
 
+    # ---- outside the arena
+
+    def suspend(self, request_id, store=None):
+        """Take K/V of a sequence out of the arena, to come back when `resume` is called.
+
+        The id stays live, with its limit, salt and tokens; appends, views, writes, `fork` and `truncate` raise
+        `Suspended` from now on, `free_for` ends it as always. It keeps its blocks until the transfer is ``ok``; then
+        they are free, and nothing is promised to it. A transfer that fails leaves it as it was.
+
+        Parameters
+        ----------
+        request_id : hashable
+        store : kvcache.store.ChunkStore, optional
+            Where to; by default host memory, at most as much as the arena has.
+
+        Returns
+        -------
+        Transfer
+
+        Raises
+        ------
+        UnknownSequence, Suspended
+        ValueError
+            The arena has no storage.
+        """
+        return self._carries().suspend(request_id, store)
+
+    def resume(self, request_id, *, recompute=False):
+        """Bring a suspended sequence back, into any free place, byte for byte.
+
+        Parameters
+        ----------
+        request_id : hashable
+        recompute : bool
+            Give it blocks without K/V, at once, for the engine to compute them again: for a sequence whose chunks are
+            lost. `Transfer.tokens` says how many leading ones are in place, since they are cached.
+
+        Returns
+        -------
+        Transfer or None
+            None when it does not fit now; nothing has changed then. The id is `Suspended` until the transfer is ``ok``;
+            one that is not leaves it suspended.
+
+        Raises
+        ------
+        UnknownSequence
+        Suspended
+            It is on its way already.
+        ValueError
+            It is not suspended.
+        """
+        return self._carries().resume(request_id, recompute)
+
+    def save(self, path, request_ids=None):
+        """Write what is cached to a file: prefixes that have been freed, and what live sequences have committed.
+
+        Whole blocks whose token ids are known. The file is synced and renamed when it is whole; until then what was
+        there is as it was. Other calls go on meanwhile; what they evict before its turn comes is left out.
+
+        Parameters
+        ----------
+        path : path
+        request_ids : iterable of hashable, optional
+            Only prefixes of these live sequences.
+
+        Returns
+        -------
+        int
+            Tokens written.
+
+        Raises
+        ------
+        ValueError
+            The cache has no fingerprint or no storage, or there is more than one file tells of.
+        TypeError
+            A salt that is neither str nor bytes.
+        UnknownSequence, OSError
+        """
+        from kvcache.saving import save_prefixes
+
+        self._require_fingerprint("save")
+        return save_prefixes(self, path, request_ids, self._carries().pace)
+
+    def load(self, path):
+        """Bring saved prefixes into the cache, as far as they fit into what is free.
+
+        All of the file is verified before anything changes.
+
+        Parameters
+        ----------
+        path : path
+
+        Returns
+        -------
+        int
+            Tokens of the file that can be found now.
+
+        Raises
+        ------
+        CorruptCacheFile
+            It is cut short, altered, or no such file.
+        IncompatibleCacheFile
+            It was made for another model, other planes, or blocks of another size.
+        ValueError
+            The cache has no fingerprint or no storage.
+        OSError
+        """
+        from kvcache.saving import load_prefixes
+
+        self._require_fingerprint("load")
+        return load_prefixes(self, path, self._carries().pace)
+
+    def _require_fingerprint(self, call):
+        if self.fingerprint is None:
+            raise ValueError(f"{call} needs to know the model: make the cache with fingerprint=")
+
+    def _carries(self):
+        self._require_open()
+        if self.backend == "none":
+            raise ValueError("backend='none' has no storage to save or suspend")
+        if self._carrier is None:
+            from kvcache.suspension import Carrier
+
+            with _MAKING:
+                if self._carrier is None:
+                    self._carrier = Carrier(self, *self._stores)
+        return self._carrier
+
+    def _abandoned(self, journey):
+        """A suspended sequence has been freed: nobody wants its chunks."""
+        if journey.chunks is not None:
+            journey.chunks.delete()
+
     # ---- batches
 
     def batch(self, request_ids=()):
@@ -300,9 +451,10 @@ class KVCache(CacheCore):
     def stats(self):
         """Every number at once: a `CacheStats`, which stays as it is."""
         arena = self.arena
-        return _new_stats(
-            CacheStats, self._figures(*self._prices, arena.arena_copies, arena.library_memory())
-        )
+        figures = self._figures(*self._prices, arena.arena_copies, arena.library_memory())
+        if self._carrier is None:
+            return _new_stats(CacheStats, (*figures, 0, 0))
+        return _new_stats(CacheStats, (*figures, self._num_away(), self._carrier.corrupt_chunks))
 
     def dump_cache_stats(self, file=None):
         """Write the configuration, the state and one line per sequence to `file` (standard output by default)."""
@@ -458,6 +610,24 @@ def _check_options(placement, overcommit, prefix_cache, policy, clock):
         raise TypeError(f"a policy has a method score(block), {type(policy).__name__} has none")
     if clock is not None and not callable(clock):
         raise TypeError(f"clock must be callable, not {type(clock).__name__}")
+
+
+def _check_stores(spec, fingerprint, staging_bytes, store_rate):
+    if fingerprint is not None:
+        from kvcache.cache_file import check_fingerprint
+
+        check_fingerprint(fingerprint)
+    if staging_bytes is not None:
+        from kvcache.suspension import slot_bytes_of
+
+        least = slot_bytes_of(spec)
+        if as_index(staging_bytes, "staging_bytes") < least:
+            raise ValueError(f"staging_bytes must be at least one chunk, {least} bytes, not {staging_bytes}")
+    if store_rate is not None:
+        if isinstance(store_rate, (bool, str)) or not hasattr(store_rate, "__float__"):
+            raise TypeError(f"store_rate must be a number, not {type(store_rate).__name__}")
+        if not store_rate > 0:
+            raise ValueError(f"store_rate must be more than 0 bytes a second, not {store_rate}")
 
 
 def as_index(value, name):

@@ -138,6 +138,57 @@ class CacheHeld(KVCacheError):
         self.holds = holds
 
 
+class CorruptCacheFile(KVCacheError, ValueError):
+    """A file of saved prefixes is cut short, altered, or no such file at all; nothing has changed.
+
+    Attributes
+    ----------
+    path : str
+    reason : str
+        What is wrong with it.
+    """
+
+    def __init__(self, *, path, reason):
+        super().__init__(f"{_named(path)} holds no cache that can be loaded: {reason}")
+        self.path = path
+        self.reason = reason
+
+
+class IncompatibleCacheFile(KVCacheError, ValueError):
+    """A file of saved prefixes was made for another model or another cache; nothing has changed.
+
+    Attributes
+    ----------
+    path : str
+    field : str
+        What differs: ``"version"``, ``"fingerprint"``, ``"layers"`` or ``"block_size"``.
+    found, wanted : int, str or bytes
+        What the file says, and what the cache is.
+    """
+
+    def __init__(self, *, path, field, found, wanted):
+        super().__init__(
+            f"{_named(path)} was made for another cache: its {field} is {_named(found)}, not {_named(wanted)}"
+        )
+        self.path = path
+        self.field = field
+        self.found = found
+        self.wanted = wanted
+
+
+class Suspended(KVCacheError):
+    """The sequence is suspended, or its K/V are on their way out or back; nothing has changed.
+
+    Attributes
+    ----------
+    request_id : hashable
+    """
+
+    def __init__(self, *, request_id):
+        super().__init__(f"the sequence with the id {_named(request_id)} is suspended: resume it first")
+        self.request_id = request_id
+
+
 class UnreadableConfig(KVCacheError, ValueError):
     """A model's config says something that is not understood, so that nothing can be planned from it.
 

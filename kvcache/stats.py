@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 MB = 1024 * 1024
 LATENCY_BOUNDS = tuple(4**power / 1e6 for power in range(12))  # seconds: 1 µs to 4.2 s
-NOT_COMPARED = 29  # fields at the end, after waiting_blocks
+NOT_COMPARED = 31  # fields at the end, after waiting_blocks
 
 
 class CacheStats(NamedTuple):
@@ -73,6 +73,10 @@ class CacheStats(NamedTuple):
         What those that were timed took, together.
     mlx_active_bytes, mlx_peak_bytes, mlx_cache_bytes : int
         MLX's memory in this process, the arena included; 0 with other backends.
+    suspended_sequences : int
+        Sequences that are suspended or on their way. Those that hold blocks meanwhile are among `num_sequences`.
+    corrupt_chunks : int
+        Chunks that came back from a store as something else than what had been put there.
     """
 
     num_sequences: int
@@ -128,6 +132,8 @@ class CacheStats(NamedTuple):
     mlx_active_bytes: int
     mlx_peak_bytes: int
     mlx_cache_bytes: int
+    suspended_sequences: int
+    corrupt_chunks: int
 
     def _compared(self):
         return tuple(self)[:-NOT_COMPARED]

@@ -36,6 +36,21 @@ CASES = [
         {"model_type": "llama", "fields": ("head_dim",), "reason": "head_dim is missing"},
         "the config of a 'llama' model cannot be read: head_dim is missing",
     ),
+    (
+        errors.CorruptCacheFile,
+        {"path": "/a/b", "reason": "it has 3 bytes, too few for a header"},
+        "'/a/b' holds no cache that can be loaded: it has 3 bytes, too few for a header",
+    ),
+    (
+        errors.IncompatibleCacheFile,
+        {"path": "/a/b", "field": "block_size", "found": 32, "wanted": 16},
+        "'/a/b' was made for another cache: its block_size is 32, not 16",
+    ),
+    (
+        errors.Suspended,
+        {"request_id": "user"},
+        "the sequence with the id 'user' is suspended: resume it first",
+    ),
     (errors.CacheHeld, {"holds": 2}, "the call would wait for 2 open holds, and this thread has one"),
 ]
 BUILTIN = {
@@ -43,6 +58,8 @@ BUILTIN = {
     errors.UnknownSequence: KeyError,
     errors.SequenceExists: ValueError,
     errors.InvalidFree: ValueError,
+    errors.CorruptCacheFile: ValueError,
+    errors.IncompatibleCacheFile: ValueError,
     errors.UnreadableConfig: ValueError,
 }
 

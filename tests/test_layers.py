@@ -50,14 +50,22 @@ RANKS = {
     "stats": 3,
     "arena": 2,
     "block_map": 2,
+    "cache_file": 2,
+    "chunks": 2,
+    "saving": 2,
+    "store": 2,
+    "store_files": 2,
+    "store_jobs": 2,
+    "store_memory": 2,
     "memory": 2,
     "refusals": 2,
     "strategies": 2,
+    "suspension": 2,
     "waiting": 2,
     "costs": 2,
     "model_weights": 2,
     "mlx_graph": 2,
-    "_alloc": 1,  # a door, as are _batch, _copy and _runs; behind them the rooms
+    "_alloc": 1,  # a door, as are _batch, _copy, _runs and _travel; behind them the rooms
     "_batch": 1,
     "_runs": 1,
     "_admit": 1,
@@ -74,6 +82,7 @@ RANKS = {
     "_leaves": 1,
     "_looks": 1,
     "_members": 1,
+    "_pack": 1,
     "_pins": 1,
     "_placement": 1,
     "_policy": 1,
@@ -87,6 +96,7 @@ RANKS = {
     "_sight": 1,
     "_slides": 1,
     "_space": 1,
+    "_travel": 1,
     "_windows": 1,
     "_worth": 1,
     "_writes": 1,
@@ -102,7 +112,13 @@ RANKS = {
     "errors": 0,
     "spec": 0,
 }
-DOORS = {"_alloc", "_batch", "_copy", "_runs"}  # the other native modules are closed to the ranks above
+DOORS = {
+    "_alloc",
+    "_batch",
+    "_copy",
+    "_runs",
+    "_travel",
+}  # the other native modules are closed to the ranks above
 ROOMS = {name for name, rank in RANKS.items() if rank == 1} - DOORS
 ONLY_IMPORTER = {"mlx_lm": "mlx_lm"}  # outside package -> the one module that may import it
 OPTIONAL = (
@@ -116,6 +132,8 @@ OPTIONAL = (
     "distributed",
     "prometheus_client",
     "opentelemetry",
+    "safetensors",
+    "xxhash",
 )
 
 CIMPORT = re.compile(r"^\s*from\s+([\w.]+)\s+c?import\s+(\(?[\w ,]*)|^\s*c?import\s+([\w., ]+)", re.MULTILINE)
