@@ -1,4 +1,4 @@
-"""Admission: what of a prompt is there already is shared, continued where it is, or copied; blocks are had for the rest.
+"""Admission: what of a prompt is there already is shared, continued where it is, or copied; the rest gets blocks.
 
 A refusal is decided by counting, before anything is evicted. What a prompt hits is never evicted for its own sake: it
 is held, or counts as held, from before the first eviction on.
@@ -7,18 +7,22 @@ is held, or counts as held, from before the first eviction on.
 from libc.stdint cimport int32_t, int64_t
 
 from kvcache._blocks cimport NOWHERE
-from kvcache._evict cimport evict_some, make_clean, shorten_run, uncache_run
+from kvcache._evict cimport make_clean, shorten_run, uncache_run
 from kvcache._index cimport (
     bit_of,
     cache_block,
     entry_at,
     forget_block,
     is_cached,
+    is_pinned,
     join_entry,
     match_ids,
     uncache_block,
+    was_evicted,
 )
+from kvcache._leaves cimport prefer, reserve_priorities
 from kvcache._moves cimport move_t
+from kvcache._placement cimport place_in_gap
 from kvcache._policy cimport HIT, touch
 from kvcache._pool cimport (
     HELD,
@@ -44,7 +48,7 @@ from kvcache._pool cimport (
     reserve_found,
     waiting_blocks,
 )
-from kvcache._reuse cimport block_at, index_more, note_ids
+from kvcache._reuse cimport block_at, note_ids
 from kvcache._scatter cimport drop_runs, extend_last, planned_start, reserve_runs, scatter, take_planned
 from kvcache._sequences cimport enter_moves, make_room, plan_run, raise_marks, take_blocks
 from kvcache._sharing cimport breaks_in, change_holders
@@ -61,11 +65,16 @@ cdef int64_t most_hits(const pool_t *pool, const request_t *request) noexcept no
 
 cdef status_t admit(pool_t *pool, request_t *request, bint patient, handle_t *handle) noexcept nogil:
     cdef int64_t most = most_hits(pool, request), hits
+    cdef int32_t parent
+    cdef bint evicted = False
     cdef status_t status
-    if reserve_found(pool, most):
+    if reserve_found(pool, most) or (request.priority and keeps(pool) and reserve_priorities(&pool.index.leaves)):
         return NO_MEMORY
     pool.policy.now = request.when if request.when == request.when else <double>(pool.policy.calls + 1)
     hits = match_ids(&pool.index, request.salt, request.ids, most, pool.found) if most else 0
+    if hits < most:
+        parent = pool.found[hits - 1] if hits else -1 - request.salt
+        evicted = was_evicted(&pool.index, parent, &request.ids[hits * pool.space.block_size])
     if pool.paged:
         status = admit_paged(pool, request, hits, handle)
     else:
@@ -75,6 +84,8 @@ cdef status_t admit(pool_t *pool, request_t *request, bint patient, handle_t *ha
     pool.policy.calls += 1
     if status == OK:
         begin(pool, place_of(handle[0]), request, hits, most)
+        if request.ids != NULL:
+            note_query(pool, request, hits, most, evicted)
     return status
 
 
@@ -92,23 +103,27 @@ cdef void begin(pool_t *pool, int32_t who, request_t *request, int64_t hits, int
     """A sequence that has its blocks: what is known of it, what was found, what it may still ask for."""
     cdef seq_t *seq = &pool.space.seqs[who]
     cdef int64_t size = pool.space.block_size, index
+    cdef int32_t entry
     request.cached = hits * size
     pool.claims += ceil_div(request.limit, size) - ceil_div(request.tokens, size)
+    seq.salt, seq.priority = request.salt, request.priority
+    seq.expires = pool.policy.now + request.ttl
     if request.ids != NULL:
-        seq.salt = request.salt
         seq.known, seq.indexed = <int32_t>(hits * size), <int32_t>hits
         for index in range(hits - 1, -1, -1):
-            touch(&pool.policy, &pool.index, entry_at(&pool.index, block_at(pool, who, index)), HIT, index, most)
+            entry = entry_at(&pool.index, block_at(pool, who, index))
+            touch(&pool.policy, &pool.index, entry, HIT, index, most)
+            if seq.priority:
+                prefer(&pool.index.leaves, entry, seq.priority, seq.expires)
         raise_marks(pool, who, hits * size)
         note_ids(pool, who, hits * size, &request.ids[hits * size], request.tokens - hits * size)
-        note_query(pool, request, hits, most)
     refresh(pool, who)
     note_peak(pool)
     pool.sight.admissions += 1
     pool.changes += 1
 
 
-cdef void note_query(pool_t *pool, const request_t *request, int64_t hits, int64_t most) noexcept nogil:
+cdef void note_query(pool_t *pool, const request_t *request, int64_t hits, int64_t most, bint evicted) noexcept nogil:
     pool.sight.reuse.queries += 1
     pool.sight.reuse.query_tokens += request.tokens
     pool.sight.reuse.hit_tokens += hits * pool.space.block_size
@@ -116,6 +131,10 @@ cdef void note_query(pool_t *pool, const request_t *request, int64_t hits, int64
         pool.sight.reuse.disabled += 1
     elif most == 0:
         pool.sight.reuse.partial += 1
+    elif hits < most and evicted:
+        pool.sight.reuse.evicted += 1
+    elif hits < most and hits == 0 and request.salt:
+        pool.sight.reuse.salted += 1
     elif hits < most:
         pool.sight.reuse.cold += 1
 
@@ -192,19 +211,30 @@ cdef status_t admit_run(pool_t *pool, request_t *request, int64_t *hits, bint pa
 cdef int32_t run_of_hits(const pool_t *pool, int64_t hits, bint whole) noexcept nogil:
     """A cached run that begins with exactly what was found, and, if `whole`, has no more; NOWHERE for none."""
     cdef const seq_t *seq
-    cdef int32_t block = pool.index.entries[pool.found[hits - 1]].block, run
+    cdef int32_t head = pool.index.entries[pool.found[hits - 1]].block, run
+    cdef int32_t block = pool.index.last_copy[head] - 1 if pool.index.last_copy[head] else head
     cdef int64_t seen = 0
-    while block >= 0 and seen < MOST_COPIES:
-        if is_cached(&pool.index, block):
-            run = pool.space.blocks.cells[block].a
-            seq = &pool.space.seqs[run]
-            if (seq.start + hits - 1 == block and is_cached(&pool.index, seq.start)
-                    and pool.index.entries[entry_at(&pool.index, seq.start)].parent < 0
-                    and (not whole or seq.blocks == hits)):
-                return run
-        block = pool.index.next_copy[block] - 1
+    while is_cached(&pool.index, block) and seen < MOST_COPIES:
+        run = pool.space.blocks.cells[block].a
+        seq = &pool.space.seqs[run]
+        if (seq.start + hits - 1 == block and is_cached(&pool.index, seq.start)
+                and pool.index.entries[entry_at(&pool.index, seq.start)].parent < 0
+                and (not whole or seq.blocks == hits) and not has_pin(pool, run)):
+            return run
+        if block == head:
+            break
+        block = pool.index.last_copy[block] - 1
         seen += 1
     return NOWHERE
+
+
+cdef bint has_pin(const pool_t *pool, int32_t run) noexcept nogil:
+    cdef const seq_t *seq = &pool.space.seqs[run]
+    cdef int64_t index
+    for index in range(seq.blocks if pool.index.pinned_blocks else 0):
+        if is_pinned(&pool.index, seq.start + index):
+            return True
+    return False
 
 
 cdef int32_t make_fit(pool_t *pool, int64_t blocks, int64_t *hits, bint patient) noexcept nogil:
@@ -267,16 +297,20 @@ cdef status_t revive(pool_t *pool, request_t *request, int32_t run, int64_t more
 cdef status_t admit_new(pool_t *pool, request_t *request, int64_t hits, int64_t blocks, int64_t claim,
                         bint patient, handle_t *handle) noexcept nogil:
     """A run of its own, into which what was found is copied after whatever else has to move."""
-    cdef status_t status
+    cdef status_t status = OK
+    cdef bint guarded = False
     if hits and not patient:
         return BUSY  # bytes are copied
-    guard_sources(pool, hits)
-    status = plan_run(pool, blocks, claim, patient)
+    if pool.space.blocks.free_blocks < blocks or not place_in_gap(&pool.space, blocks, claim):
+        guarded = hits > 0
+        guard_sources(pool, hits)
+        status = plan_run(pool, blocks, claim, patient)
     if status == OK:
         status = copy_hits(pool, request, hits, blocks, handle)
     elif status == NO_RUN:
         status = NO_MEMORY if reserve_runs(pool, blocks) else scatter_hits(pool, request, hits, blocks, claim, handle)
-    release_sources(pool, hits)
+    if guarded:
+        release_sources(pool, hits)
     if status == OK:
         for index in range(hits):
             enter_copy(pool, place_of(handle[0]), index)
@@ -289,14 +323,19 @@ cdef inline bint may_evict(const pool_t *pool, int64_t block) noexcept nogil:
 
 
 cdef void choose_sources(pool_t *pool, int64_t hits) noexcept nogil:
-    """Blocks to copy from, the last one first: so what is taken of a run is its beginning, and its end may be evicted."""
+    """Blocks to copy from: held ones where there are any, else cached ones, the last one first.
+
+    So what is taken of a cached run has nothing before it that is not elsewhere too, and its end may be evicted.
+    """
     cdef int32_t *source = &pool.found[pool.found_capacity]
-    cdef int64_t index, block = 0
+    cdef int64_t index, head, block = 0
     for index in range(hits - 1, -1, -1):
-        if block > 0 and entry_at(&pool.index, block - 1) == pool.found[index]:
+        head = pool.index.entries[pool.found[index]].block
+        if block > 0 and entry_at(&pool.index, block - 1) == pool.found[index] and (
+                is_cached(&pool.index, head) or not is_cached(&pool.index, block - 1)):
             block -= 1
         else:
-            block = pool.index.entries[pool.found[index]].block
+            block = head
         source[index] = <int32_t>block
 
 

@@ -6,15 +6,20 @@
 from libc.stdint cimport int32_t, int64_t
 
 from kvcache._calls cimport (
+    counted,
+    pool_admit,
     pool_allocate,
     pool_append,
+    pool_append_ids,
     pool_close,
     pool_commit,
     pool_compact,
     pool_fork,
     pool_free,
     pool_hold,
+    pool_probe,
     pool_release,
+    pool_set_ids,
     pool_set_limit,
     pool_slots,
     pool_truncate,
@@ -22,6 +27,7 @@ from kvcache._calls cimport (
 from kvcache._copy cimport Copier, Sources, plane_t
 from kvcache._door cimport Allocation, Door
 from kvcache._looks cimport Looks
+from kvcache._prefixes cimport Prefixes
 from kvcache._pool cimport (
     BAD_COUNT,
     BELOW_USED,
@@ -38,12 +44,13 @@ from kvcache._pool cimport (
     STALE,
     handle_t,
     pool_t,
+    request_t,
     status_t,
 )
 from kvcache._runs cimport BlockAllocator, BlockRun
 
 
-cdef class CacheCore(Looks):
+cdef class CacheCore(Prefixes):
     cdef bint append_patiently(self, Allocation found, int64_t count, const int32_t *ids) except -1
 
 

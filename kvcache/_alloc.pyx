@@ -1,28 +1,23 @@
 """The door of the native rooms: converts, checks, calls one function without the GIL, translates its status.
 
-`Door` has what every call needs, `Looks` what reads and writes, `CacheCore` what changes who holds which blocks.
+`Door` has what every call needs, `Looks` what reads and writes, `Prefixes` what is found again, `CacheCore` what
+changes who holds which blocks.
 """
 
 from libc.stdint cimport int32_t, int64_t
 
-from kvcache._admit cimport admit, most_hits
+from kvcache._admit cimport admit
 from kvcache._calls cimport (
     admit_up_to,
-    counted,
     hold_briefly,
-    pool_admit,
-    pool_append_ids,
     pool_commit_at,
     pool_fork_at,
-    pool_probe,
-    pool_set_ids,
 )
 from kvcache._door cimport new_record
 from kvcache._ids cimport as_count, as_token, drop_ids, ids_t, is_count, read_ids
-from kvcache._index cimport match_ids
 from kvcache._lock cimport kv_lock_is_mine, kv_lock_try
 from kvcache._policy cimport read_clock
-from kvcache._pool cimport committed_tokens, is_live, my_hold, place_of, request_t
+from kvcache._pool cimport committed_tokens, is_live, my_hold, place_of
 from kvcache._reuse cimport note_ids
 from kvcache._sequences cimport append, pool_unlock, split
 
@@ -71,12 +66,13 @@ cdef class Hold:
             self.cache.tell(self.cache)
 
 
-cdef class CacheCore(Looks):
+cdef class CacheCore(Prefixes):
     """The bookkeeping of a cache: which sequence holds which blocks, and what it may still ask for."""
 
     # -- admission
 
-    def allocate_for(self, request_id, prompt, *, max_tokens=None, max_new_tokens=None, salt=None, priority=0, ttl=None):
+    def allocate_for(self, request_id, prompt, *, max_tokens=None, max_new_tokens=None, salt=None, priority=0,
+                     ttl=None):
         """Admits a sequence, or says that it does not fit now.
 
         Parameters
@@ -87,6 +83,13 @@ cdef class CacheCore(Looks):
         max_tokens, max_new_tokens : int, optional
             The limit in total, or beyond the prompt. Blocks for the prompt are held from now on, the rest is taken
             as the sequence grows, and promised (see `overcommit`). By default the sequence may fill its last block.
+        salt : hashable, optional
+            Whose prefixes are looked up, and added to: a tenant, an adapter. Those of others are never found.
+        priority : int
+            Of what is kept of this prompt: cached blocks of a lower one leave first. 0 by default, may be negative.
+        ttl : float, optional
+            How long the priority holds, in units of the clock (by default calls of `allocate_for`, `free_for`, `fork`
+            and `commit`); then it is 0.
 
         Returns
         -------
@@ -100,7 +103,7 @@ cdef class CacheCore(Looks):
         SequenceExists
             A live sequence has this id.
         TypeError, ValueError
-            Counts or ids that are none, a limit below the prompt, both limits.
+            Counts or ids that are none, a limit below the prompt, both limits, a salt that is not hashable.
         CacheHeld
             It would have to wait for this very thread's hold to end.
         """
@@ -128,38 +131,6 @@ cdef class CacheCore(Looks):
         if status == OK:
             return self.enter(record)
         return self.enter(record) if self.answer(status, request_id) else None
-
-    def probe(self, prompt, salt=None):
-        """How many tokens of a prompt `allocate_for` would find in place now: a dry run that touches nothing.
-
-        Parameters
-        ----------
-        prompt : sequence of int
-            Token ids; of a count nothing is found.
-        salt : hashable, optional
-
-        Returns
-        -------
-        int
-            Whole blocks, in tokens.
-        """
-        cdef ids_t ids
-        cdef request_t request = counted(self.tokens_of(prompt, &ids), 0)
-        cdef int64_t cached
-        request.ids = ids.data
-        try:
-            request.salt = self.salt_of(salt)
-            self.known()
-            if kv_lock_try(&self.pool.lock):
-                cached = match_ids(&self.pool.index, request.salt, ids.data, most_hits(&self.pool, &request), NULL)
-                pool_unlock(&self.pool)
-                return cached * self.pool.space.block_size
-            self.before_waiting()
-            with nogil:
-                cached = pool_probe(&self.pool, &request)
-            return cached
-        finally:
-            drop_ids(&ids)
 
     def fork(self, request_id, new_id):
         """Admits a second sequence with the tokens, limit and committed prefix of a live one; either may append.
@@ -229,8 +200,8 @@ cdef class CacheCore(Looks):
         drop_ids(&ids)
         return tokens, self.limit_for(tokens, max_tokens, max_new_tokens)
 
-    def _allocate_up_to(self, request_id, prompt, max_tokens, max_new_tokens, least, int64_t keep, salt=None, priority=0,
-                        ttl=None):
+    def _allocate_up_to(self, request_id, prompt, max_tokens, max_new_tokens, least, int64_t keep, salt=None,
+                        priority=0, ttl=None):
         """Admission with the largest limit that can be promised now, at least `least` (None: the whole limit), and with
         `keep` blocks left free. None: does not fit now. False: it would have to wait for a hold of another thread.
         """
@@ -337,44 +308,6 @@ cdef class CacheCore(Looks):
             return self.append_patiently(found, ids.count, ids.data)
         finally:
             drop_ids(&ids)
-
-    def set_tokens(self, request_id, tokens, start=None):
-        """Names tokens that were appended before their ids were known, so that they can be found again.
-
-        Parameters
-        ----------
-        request_id : hashable
-        tokens : sequence of int
-            Their ids.
-        start : int, optional
-            Position of the first; by default that of the first token that has no name yet.
-
-        Raises
-        ------
-        UnknownSequence
-        ValueError
-            Positions that the sequence does not have, or beyond a token without a name, or that have another name.
-        """
-        cdef Allocation found = self.find(request_id)
-        cdef int64_t first = -1 if start is None else as_count(start, "start", 0)
-        cdef int64_t there[2]
-        cdef handle_t handle = found.handle
-        cdef status_t status
-        cdef ids_t ids
-        read_ids(tokens, &ids)
-        try:
-            self.before_waiting()
-            with nogil:
-                status = pool_set_ids(&self.pool, handle, first, ids.data, ids.count, there)
-            if status == GONE:
-                raise ValueError(f"{ids.count} ids from position {there[0]} on, the sequence has {there[1]} tokens")
-            if status == BELOW_USED:
-                raise ValueError(f"ids from position {there[0]} on, position {there[1]} has no name yet")
-            if status == BAD_COUNT:
-                raise ValueError(f"of the tokens from position {there[0]} on some have another id already")
-        finally:
-            drop_ids(&ids)
-        self.answer(status, request_id)
 
     def truncate(self, request_id, num_tokens):
         """Keeps the first `num_tokens` tokens (0 allowed), gives back the blocks beyond.

@@ -6,6 +6,7 @@ from libc.stdlib cimport realloc
 
 from kvcache._admit cimport admit, held_hits, most_hits
 from kvcache._compact cimport pack
+from kvcache._evict cimport keep_quotas
 from kvcache._index cimport match_ids
 from kvcache._lock cimport kv_lock, kv_lock_wait, kv_lock_wake, kv_thread
 from kvcache._pool cimport (
@@ -30,9 +31,11 @@ from kvcache._pool cimport (
     pool_t,
     release_mine,
     request_t,
+    reserve_found,
     slot_of,
     status_t,
 )
+from kvcache._pins cimport forget_everything, limit_salt, pin_found, pin_live, unpin
 from kvcache._policy cimport read_clock
 from kvcache._reuse cimport may_name, note_ids
 from kvcache._sequences cimport (
@@ -108,6 +111,7 @@ cdef status_t pool_release(pool_t *pool) noexcept nogil:
     cdef status_t status
     kv_lock(&pool.lock)
     status = release_mine(pool)
+    keep_quotas(pool)
     pool_unlock(pool)
     return status
 
@@ -122,7 +126,8 @@ cdef status_t pool_allocate(pool_t *pool, int64_t tokens, int64_t limit, handle_
 
 cdef request_t counted(int64_t tokens, int64_t limit) noexcept nogil:
     """A request of so many tokens, whose ids are not known."""
-    return request_t(tokens=tokens, limit=limit, ids=NULL, salt=0, keep=0, priority=0, ttl=INFINITY, when=NAN, cached=0)
+    return request_t(tokens=tokens, limit=limit, ids=NULL, salt=0, keep=0, priority=0, ttl=INFINITY, when=NAN,
+                     cached=0)
 
 
 cdef status_t pool_admit(pool_t *pool, request_t *request, handle_t *handle) noexcept nogil:
@@ -167,6 +172,55 @@ cdef int64_t pool_probe(pool_t *pool, const request_t *request) noexcept nogil:
         hits = match_ids(&pool.index, request.salt, request.ids, most_hits(pool, request), NULL)
         pool_unlock(pool)
     return hits * pool.space.block_size
+
+
+cdef status_t pool_pin(pool_t *pool, handle_t handle, int32_t salt, const int32_t *ids, int64_t count,
+                       int64_t *blocks, int32_t *last) noexcept nogil:
+    """Pins what is entered of a live sequence, or of a prefix of ids; NO_ROOM where that is nothing, or too much."""
+    cdef status_t status = NO_ROOM
+    blocks[0] = count // pool.space.block_size
+    if not keeps(pool):
+        return NO_ROOM
+    kv_lock(&pool.lock)
+    if ids == NULL:
+        status = pin_live(pool, place_of(handle), blocks, last) if is_live(pool, handle) else STALE
+    elif reserve_found(pool, blocks[0]):
+        status = NO_MEMORY
+    elif not pool.closed:
+        blocks[0] = match_ids(&pool.index, salt, ids, blocks[0], pool.found)
+        status = pin_found(pool, blocks[0], last)
+    keep_quotas(pool)  # an earlier pin may have moved
+    pool_unlock(pool)
+    return status
+
+
+cdef status_t pool_unpin(pool_t *pool, int32_t last) noexcept nogil:
+    """Undoes the pin that ended at this entry."""
+    cdef status_t status
+    kv_lock(&pool.lock)
+    status = CLOSED if pool.closed else unpin(pool, last)
+    keep_quotas(pool)
+    pool_unlock(pool)
+    return status
+
+
+cdef status_t pool_clear(pool_t *pool) noexcept nogil:
+    """Forgets every prefix, and every pin."""
+    cdef status_t status = OK
+    kv_lock(&pool.lock)
+    if keeps(pool):
+        status = CLOSED if pool.closed else forget_everything(pool)
+    pool_unlock(pool)
+    return status
+
+
+cdef status_t pool_limit_salt(pool_t *pool, int32_t salt, int64_t blocks) noexcept nogil:
+    cdef status_t status = OK
+    kv_lock(&pool.lock)
+    if keeps(pool):
+        status = CLOSED if pool.closed else limit_salt(pool, salt, blocks)
+    pool_unlock(pool)
+    return status
 
 
 cdef status_t pool_append(pool_t *pool, handle_t handle, int64_t count) noexcept nogil:

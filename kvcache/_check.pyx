@@ -4,7 +4,7 @@ from libc.stdint cimport int32_t, int64_t
 from libc.stdlib cimport calloc, free
 
 from kvcache._blocks cimport NOWHERE, block_is_free, cell_t, check_blocks
-from kvcache._index cimport check_index, entry_at, is_cached
+from kvcache._index cimport check_index, entry_at, is_cached, is_pinned
 from kvcache._reuse cimport block_at
 from kvcache._space cimport growth_of, held, hot_t, seq_t
 from kvcache._pool cimport NUM_LATENCIES, keeps, pool_t, sight_t, slot_of, used_blocks
@@ -85,7 +85,7 @@ cdef str check_names(const pool_t *pool):
 
 cdef str check_cached(const pool_t *pool, const int32_t *holders):
     """Blocks that nobody holds, in contiguous placement the runs that they are in."""
-    cdef int64_t block, who, runs = 0, in_runs = 0
+    cdef int64_t block, who, runs = 0, in_runs = 0, pinned = 0
     cdef const seq_t *run
     for block in range(pool.space.blocks.num_blocks):
         if is_cached(&pool.index, block) and (holders[block] or block_is_free(&pool.space.blocks, block)):
@@ -99,15 +99,19 @@ cdef str check_cached(const pool_t *pool, const int32_t *holders):
         runs += 1
         in_runs += run.blocks
         for block in range(run.start, run.start + run.blocks):
-            if not is_cached(&pool.index, block) or pool.space.blocks.cells[block].a != who:
-                return f"block {block} of cached run {who} is not cached, or is labelled {pool.space.blocks.cells[block].a}"
+            pinned += is_pinned(&pool.index, block)
+            if not (is_cached(&pool.index, block) or is_pinned(&pool.index, block)):
+                return f"block {block} of cached run {who} is not cached"
+            if pool.space.blocks.cells[block].a != who:
+                return f"block {block} of cached run {who} is labelled {pool.space.blocks.cells[block].a}"
             if block > run.start and (pool.index.entries[entry_at(&pool.index, block)].parent
                                       != entry_at(&pool.index, block - 1)):
                 return f"block {block} of cached run {who} does not follow the block before it"
     if runs != pool.cached_runs:
         return f"{runs} runs are cached, the count says {pool.cached_runs}"
-    if not pool.paged and in_runs != pool.index.cached_blocks + pool.index.fresh_blocks:
-        return f"cached runs have {in_runs} blocks, {pool.index.cached_blocks} and {pool.index.fresh_blocks} are cached"
+    if not pool.paged and in_runs - pinned != pool.index.cached_blocks + pool.index.fresh_blocks:
+        return (f"cached runs have {in_runs} blocks, {pinned} of them pinned; "
+                f"{pool.index.cached_blocks} and {pool.index.fresh_blocks} are cached")
     return None
 
 
@@ -190,6 +194,7 @@ cdef str check_chain(const pool_t *pool, int64_t who):
 
 cdef str check_holders(const pool_t *pool, int32_t *holders, int32_t *writers):
     cdef int64_t block, index, taken = 0, limbo = 0, copies = 0
+    cdef bint pinned
     for index in range(pool.num_limbo):
         limbo += pool.limbo[index].length
         for block in range(pool.limbo[index].start, pool.limbo[index].start + pool.limbo[index].length):
@@ -202,15 +207,17 @@ cdef str check_holders(const pool_t *pool, int32_t *holders, int32_t *writers):
     if limbo != pool.limbo_blocks:
         return f"{limbo} blocks wait for holds to end, the count says {pool.limbo_blocks}"
     for block in range(pool.space.blocks.num_blocks):
-        if holders[block] == 0:
+        pinned = is_pinned(&pool.index, block)
+        if holders[block] == 0 and not pinned:
             continue
         taken += 1
         if holders[block] > 1 and not pool.paged:
             return f"block {block} is held by {holders[block]} sequences"
-        if pool.paged and pool.refs[block] != holders[block]:
-            return f"block {block} is held by {holders[block]} sequences, its count says {pool.refs[block]}"
-        if holders[block] > 1:
-            copies += min(writers[block], holders[block] - 1)
+        if pool.paged and pool.refs[block] != holders[block] + pinned:
+            return (f"block {block} is held by {holders[block]} sequences and {pinned} pins, "
+                    f"its count says {pool.refs[block]}")
+        if pool.paged and pool.refs[block] > 1:
+            copies += min(writers[block], pool.refs[block] - 1)
             if pool.writers[block] != writers[block]:
                 return f"block {block} has {writers[block]} writers, its count says {pool.writers[block]}"
     if taken + limbo + pool.index.fresh_blocks != used_blocks(pool):

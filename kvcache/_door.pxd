@@ -25,7 +25,10 @@ cdef class Door:
     cdef tuple watchers         # None, or callables that are told of room, outside the lock
     cdef bint untold            # freed by a finalizer under the lock, and the watchers have not been told yet
     cdef object clock           # None: calls are counted
-    cdef dict salts             # (type, value) -> number
+    cdef dict salts             # (type, value) -> number, the last used last; as many as may have anything cached
+    cdef dict limited           # of those with a quota, for ever
+    cdef int32_t last_salt
+    cdef int64_t block_bytes
     cdef object __weakref__
 
     cdef Allocation find(self, object request_id)

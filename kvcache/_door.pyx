@@ -66,6 +66,9 @@ cdef extern from *:
     object find_in "kv_find_in" (dict where, object key)
 
 
+cdef enum:
+    MOST_PRIORITY = 1000000000
+
 cdef uint64_t[4] SEED  # of this process: which prompts collide cannot be known from outside
 cdef bytes entropy = os.urandom(sizeof(SEED))
 memcpy(SEED, <const char *>entropy, sizeof(SEED))
@@ -133,7 +136,7 @@ cdef class Door:
     """What `CacheCore` is made of first: the pool and its lock, the ids, and whoever watches."""
 
     def __init__(self, num_blocks, block_size, *, paged, overcommit, num_marks, most_moved=None, copier=None,
-                 order=LRU, clock=None):
+                 order=LRU, clock=None, block_bytes=1):
         """`copier` moves the bytes (None: there are none); `num_marks` written prefixes are kept per sequence; one call
         moves at most `most_moved` used tokens (None: as many as it takes). Cached prefixes leave in this `order`
         (None: none are kept), by this `clock` (None: calls are counted).
@@ -143,7 +146,8 @@ cdef class Door:
             raise KVCacheError("a cache is made once: __init__ has been called before")
         budget = <double>overcommit * <double>num_blocks
         self.ids = {}
-        self.salts = {}
+        self.salts, self.limited = {}, {}
+        self.block_bytes = block_bytes
         self.clock = clock
         self.arena_tokens = <int64_t>num_blocks * <int64_t>block_size
         if pool_init(&self.pool, num_blocks, block_size, paged,
@@ -316,17 +320,34 @@ cdef class Door:
 
     cdef int32_t salt_of(self, object salt) except -1:
         """The number of a salt. Equal are those of one type and value."""
+        cdef int64_t most = 2 * self.pool.space.blocks.num_blocks + 1024
         if salt is None:
             return 0
-        return self.salts.setdefault((type(salt), salt), len(self.salts) + 1)
+        key = (type(salt), salt)
+        number = self.limited.get(key)
+        if number is None:
+            number = self.salts.pop(key, None)
+            if number is None:
+                self.lock_pool()
+                self.last_salt += 1
+                number = self.last_salt
+                pool_unlock(&self.pool)
+            number = self.salts.setdefault(key, number)
+        while len(self.salts) > most:  # more than there are blocks: the longest unused has nothing that is found
+            self.salts.pop(next(iter(self.salts)), None)
+        return number
 
     cdef int ask(self, request_t *request, object salt, object priority, object ttl) except -1:
         """What a request says beside its tokens."""
         request.salt = self.salt_of(salt)
-        if priority != 0:
-            request.priority = <int32_t>as_count(priority, "priority", 0)
+        if type(priority) is not int or priority != 0:
+            request.priority = <int32_t>min(as_count(priority, "priority", -MOST_PRIORITY), MOST_PRIORITY)
         if ttl is not None:
+            if isinstance(ttl, bool) or not hasattr(ttl, "__float__"):
+                raise TypeError(f"ttl must be a number, not {type(ttl).__name__}")
             request.ttl = <double>ttl
+            if not request.ttl > 0:
+                raise ValueError(f"ttl must be more than 0, not {ttl}")
         request.when = self.read_clock()
         return 0
 

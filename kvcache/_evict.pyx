@@ -8,10 +8,11 @@ leaf is the last block of its run, and the run becomes shorter.
 from libc.stdint cimport int32_t, int64_t
 
 from kvcache._blocks cimport NOWHERE, give_run, mark_free
-from kvcache._index cimport cached_copy, entry_at, forget_block, has_twin, is_cached
+from kvcache._index cimport cached_copy, forget_block, has_twin, is_cached, note_gone
+from kvcache._leaves cimport age, quota_of, quota_t
 from kvcache._policy cimport note_evicted
 from kvcache._pool cimport end_run, pool_t
-from kvcache._space cimport own_ends, seq_t
+from kvcache._space cimport end_of, own_ends, seq_t
 
 
 cdef void make_clean(pool_t *pool, int64_t blocks) noexcept nogil:
@@ -32,22 +33,47 @@ cdef bint evict_some(pool_t *pool, int64_t blocks) noexcept nogil:
 
 cdef void evict_one(pool_t *pool) noexcept nogil:
     """One block, or the beginning of a run that is elsewhere too."""
-    cdef int32_t entry, run
-    cdef int64_t block
     while pool.first_double != NOWHERE:
         if drop_beginning(pool, pool.first_double):
             return
-    entry = pool.index.leaves.items[0]
-    block = cached_copy(&pool.index, entry)
-    if pool.index.entries[entry].cached == 1:
-        note_evicted(&pool.policy, &pool.index, entry)
-    forget_block(&pool.index, block)
+    age(&pool.index.leaves, pool.policy.now)
+    evict_leaf(pool, pool.index.leaves.heap.items[0])
     pool.sight.reuse.for_room += 1
+
+
+cdef void evict_leaf(pool_t *pool, int32_t entry) noexcept nogil:
+    """A cached block of an entry after which nothing is cached."""
+    cdef int64_t block = cached_copy(&pool.index, entry)
+    cdef int32_t run
+    if not has_twin(&pool.index, block):
+        note_evicted(&pool.policy, &pool.index, entry)
+        note_gone(&pool.index, entry)
+    run = NOWHERE if pool.paged else pool.space.blocks.cells[block].a
+    if run != NOWHERE and block + 1 < end_of(&pool.space.seqs[run]):  # what follows is pinned, its beginning elsewhere
+        drop_first(pool, run, block + 1 - pool.space.seqs[run].start)
+        return
+    forget_block(&pool.index, block)
     if pool.paged:
         mark_free(&pool.space.blocks, block, 1)
     else:
-        run = pool.space.blocks.cells[block].a
         shorten_run(pool, run, pool.space.seqs[run].blocks - 1)
+
+
+cdef void keep_quota(pool_t *pool, int32_t salt) noexcept nogil:
+    """Evicts what is cached under a salt beyond its quota, the least worth keeping first."""
+    cdef quota_t *quota = quota_of(&pool.index.leaves, salt)
+    if quota == NULL or quota.cached <= quota.most:
+        return
+    age(&pool.index.leaves, pool.policy.now)
+    while quota.cached > quota.most:
+        evict_leaf(pool, quota.heap.items[0])
+        pool.sight.reuse.for_quota += 1
+
+
+cdef void keep_quotas(pool_t *pool) noexcept nogil:
+    cdef int64_t index
+    for index in range(pool.index.leaves.num_quotas):
+        keep_quota(pool, pool.index.leaves.quotas[index].salt)
 
 
 # ---- cached runs
@@ -119,19 +145,27 @@ cdef void keep_blocks(pool_t *pool, int32_t run, int64_t blocks) noexcept nogil:
 
 
 cdef bint drop_beginning(pool_t *pool, int32_t run) noexcept nogil:
-    """Gives back those first blocks of a cached run whose content is elsewhere too; False if there are none any more."""
+    """Gives back those first blocks of a cached run whose content is elsewhere too; False if there are none."""
     cdef seq_t *seq = &pool.space.seqs[run]
-    cdef int64_t start = seq.start, dropped = 0
+    cdef int64_t count = 0
     drop_double(pool, run)
-    while dropped < seq.blocks and may_drop(pool, start + dropped):
-        forget_block(&pool.index, start + dropped)
-        dropped += 1
-    if dropped:
-        pool.sight.reuse.doubles += dropped
-        give_run(&pool.space.blocks, start, dropped)
-        seq.start += <int32_t>dropped
-        keep_blocks(pool, run, seq.blocks - dropped)
-    return dropped > 0
+    while count < seq.blocks and may_drop(pool, seq.start + count):
+        count += 1
+    if count:
+        pool.sight.reuse.doubles += count
+        drop_first(pool, run, count)
+    return count > 0
+
+
+cdef void drop_first(pool_t *pool, int32_t run, int64_t count) noexcept nogil:
+    """Gives back the first `count` blocks of a cached run."""
+    cdef seq_t *seq = &pool.space.seqs[run]
+    cdef int64_t start = seq.start, index
+    for index in range(count - 1, -1, -1):
+        forget_block(&pool.index, start + index)
+    give_run(&pool.space.blocks, start, count)
+    seq.start += <int32_t>count
+    keep_blocks(pool, run, seq.blocks - count)
 
 
 cdef inline bint may_drop(const pool_t *pool, int64_t block) noexcept nogil:

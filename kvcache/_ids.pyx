@@ -11,6 +11,7 @@ from cpython.buffer cimport (
     PyObject_CheckBuffer,
     PyObject_GetBuffer,
 )
+from cpython.object cimport PyObject
 from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_CheckExact
 from cpython.tuple cimport PyTuple_GET_ITEM
 from libc.stdint cimport INT32_MAX, int32_t, int64_t
@@ -53,6 +54,29 @@ cdef int32_t as_token(object value, int64_t position) except -1:
         raise ValueError(f"token id at position {position} is {value}, ids are 0 to {INT32_MAX}")
     return <int32_t>token
 
+
+cdef extern from *:
+    """
+    /* An int that fits and is compact, -1 for whatever else it is. */
+    static inline int32_t kv_small_id(PyObject *item)
+    {
+        if (!PyLong_CheckExact(item))
+            return -1;
+    #if PY_VERSION_HEX >= 0x030C0000
+        if (PyUnstable_Long_IsCompact((PyLongObject *)item)) {
+            Py_ssize_t value = PyUnstable_Long_CompactValue((PyLongObject *)item);
+            return value < 0 || value > INT32_MAX ? -1 : (int32_t)value;
+        }
+    #else
+        switch (Py_SIZE(item)) {
+        case 0: return 0;
+        case 1: return (int32_t)((PyLongObject *)item)->ob_digit[0];
+        }
+    #endif
+        return -1;
+    }
+    """
+    int32_t kv_small_id(PyObject *item)
 
 cdef const char *INT32 = "i"  # its buffer format
 
@@ -178,7 +202,9 @@ cdef int convert_ids(object prompt, ids_t *ids) except -1:
         raise MemoryError(f"no memory for {ids.count} token ids")
     try:
         for position in range(ids.count):
-            ids.own[position] = as_token(<object>PyTuple_GET_ITEM(items, position), position)
+            ids.own[position] = kv_small_id(PyTuple_GET_ITEM(items, position))
+            if ids.own[position] < 0:
+                ids.own[position] = as_token(<object>PyTuple_GET_ITEM(items, position), position)
     except BaseException:
         free(ids.own)
         raise

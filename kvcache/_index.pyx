@@ -10,20 +10,32 @@ from libc.stdint cimport int32_t, int64_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy, memset
 
-from kvcache._leaves cimport add_leaf, check_leaves, is_leaf, leaves_destroy, leaves_init, remove_leaf
+from kvcache._journal cimport EVICTED, STORED, journal_destroy, write_down
+from kvcache._leaves cimport (
+    add_leaf,
+    check_leaves,
+    count_quota,
+    forget_leaf,
+    is_leaf,
+    leaves_destroy,
+    leaves_init,
+    remove_leaf,
+)
 
 cdef uint64_t ALL = 0xFFFFFFFFFFFFFFFF
 
 
 cdef int index_init(index_t *index, int64_t num_blocks, int64_t block_size, const uint64_t *seed) noexcept nogil:
     """All pages of zeros: what is never used is never resident."""
-    cdef int64_t buckets = 1, words = (num_blocks + 63) >> 6
+    cdef int64_t buckets = 1, words = (num_blocks + 63) >> 6, lane
     memset(index, 0, sizeof(index_t))
     while 4 * buckets < 3 * num_blocks:
         buckets *= 2
     index.num_blocks, index.block_size = num_blocks, block_size
     index.mask, index.hash_mask = <uint64_t>buckets - 1, ALL
     memcpy(index.seed, seed, sizeof(index.seed))
+    for lane in range(4):
+        index.fixed[lane] = 0xA0761D6478BD642FULL * (2 * lane + 1)
     index.ids = <int32_t *>calloc(num_blocks * block_size, sizeof(int32_t))
     index.entry_of = <int32_t *>calloc(num_blocks, sizeof(int32_t))
     index.next_copy = <int32_t *>calloc(num_blocks, sizeof(int32_t))
@@ -32,9 +44,13 @@ cdef int index_init(index_t *index, int64_t num_blocks, int64_t block_size, cons
     index.fresh = <uint64_t *>calloc(words, sizeof(uint64_t))
     index.entries = <entry_t *>calloc(num_blocks, sizeof(entry_t))
     index.buckets = <int32_t *>calloc(buckets, sizeof(int32_t))
+    index.pinned = <uint64_t *>calloc(words, sizeof(uint64_t))
+    index.pins = <int32_t *>calloc(num_blocks, sizeof(int32_t))
+    index.gone = <uint32_t *>calloc(buckets, sizeof(uint32_t))
     if (leaves_init(&index.leaves, num_blocks) or index.ids == NULL or index.entry_of == NULL
             or index.next_copy == NULL or index.last_copy == NULL or index.cached == NULL or index.fresh == NULL
-            or index.entries == NULL or index.buckets == NULL):
+            or index.entries == NULL or index.buckets == NULL or index.pinned == NULL or index.pins == NULL
+            or index.gone == NULL):
         index_destroy(index)
         return -1
     return 0
@@ -49,6 +65,10 @@ cdef void index_destroy(index_t *index) noexcept nogil:
     free(index.fresh)
     free(index.entries)
     free(index.buckets)
+    free(index.pinned)
+    free(index.pins)
+    free(index.gone)
+    journal_destroy(index.journal)
     leaves_destroy(&index.leaves)
     memset(index, 0, sizeof(index_t))
 
@@ -96,18 +116,12 @@ cdef int64_t match_ids(const index_t *index, int32_t salt, const int32_t *ids, i
 
 # ---- entries
 
-cdef inline int32_t parent_of(const index_t *index, const entry_t *entry) noexcept nogil:
-    """The entry before, if it is still the one of then."""
-    if entry.parent >= 0 and index.entries[entry.parent].generation == entry.ancestry:
-        return entry.parent
-    return -1
-
-
 cdef int32_t enter_block(index_t *index, int32_t parent, int64_t block) noexcept nogil:
     """The ids at a block, which has no entry, are content after `parent`: its entry, a new one or that of its twins."""
     cdef const int32_t *ids = &index.ids[block * index.block_size]
     cdef uint64_t bucket = bucket_of(index, parent, ids)
     cdef int32_t entry = find_in(index, bucket, parent, ids)
+    cdef int32_t salt = index.leaves.salt[parent] if parent >= 0 else -1 - parent
     cdef entry_t *new
     if entry >= 0:
         join_entry(index, entry, block)
@@ -128,38 +142,71 @@ cdef int32_t enter_block(index_t *index, int32_t parent, int64_t block) noexcept
     index.buckets[bucket] = entry + 1
     index.entry_of[block] = entry + 1
     index.num_entries += 1
-    if index.leaves.priority != NULL:
-        index.leaves.priority[entry] = 0
+    if index.leaves.salt[entry] != salt:
+        index.leaves.salt[entry] = salt
+    if index.journal != NULL:
+        write_down(index.journal, STORED, serial_of(index, entry, new.generation),
+                   serial_of(index, parent, new.ancestry), salt, ids, index.block_size)
     return entry
 
 
+cdef int64_t serial_of(const index_t *index, int32_t entry, uint32_t generation) noexcept nogil:
+    """A number that no other entry has or had; -1 for what precedes a prompt."""
+    return <int64_t>generation >> 1 << 32 | <int64_t>entry if entry >= 0 else -1
+
+
 cdef void join_entry(index_t *index, int32_t entry, int64_t block) noexcept nogil:
-    """One more block, which has no entry, has this content."""
-    cdef int32_t first = index.entries[entry].block
-    cdef int32_t after = index.next_copy[first]
+    """One more block, which has no entry and is held, has this content."""
     index.entry_of[block] = entry + 1
-    index.next_copy[block], index.last_copy[block] = after, first + 1
-    index.next_copy[first] = <int32_t>block + 1
-    if after:
-        index.last_copy[after - 1] = <int32_t>block + 1
+    link_copy(index, entry, block, True)
+
+
+cdef void link_copy(index_t *index, int32_t entry, int64_t block, bint first) noexcept nogil:
+    """Lists a block first, or last, among those of one content; there is another one."""
+    cdef int32_t head = index.entries[entry].block
+    cdef int32_t tail = index.last_copy[head] - 1 if index.last_copy[head] else head
+    if first:
+        index.next_copy[block], index.last_copy[block] = head + 1, tail + 1
+        index.last_copy[head] = <int32_t>block + 1
+        index.entries[entry].block = <int32_t>block
+    else:
+        index.next_copy[block], index.last_copy[block] = 0, tail + 1
+        index.next_copy[tail] = index.last_copy[head] = <int32_t>block + 1
+
+
+cdef void unlink_copy(index_t *index, int32_t entry, int64_t block) noexcept nogil:
+    """Takes a block out of the list, which has another one."""
+    cdef int32_t head = index.entries[entry].block
+    cdef int32_t after = index.next_copy[block], before = index.last_copy[block]
+    if block == head:
+        index.entries[entry].block = head = after - 1
+        index.last_copy[head] = before if before != after else 0
+    else:
+        index.next_copy[before - 1] = after
+        if after:
+            index.last_copy[after - 1] = before
+        else:
+            index.last_copy[head] = before if before != head + 1 else 0
+    index.next_copy[block] = index.last_copy[block] = 0
+
+
+cdef inline void relink(index_t *index, int64_t block, bint first) noexcept nogil:
+    cdef int32_t entry = entry_at(index, block)
+    if has_twin(index, block):
+        unlink_copy(index, entry, block)
+        link_copy(index, entry, block, first)
 
 
 cdef void forget_block(index_t *index, int64_t block) noexcept nogil:
     """A block, which has an entry, loses its content; with the last one goes the entry."""
-    cdef int32_t entry = entry_at(index, block), after = index.next_copy[block], before = index.last_copy[block]
+    cdef int32_t entry = entry_at(index, block)
     if is_cached(index, block):
         uncache_block(index, block)
-    if after == 0 and before == 0:
+    if has_twin(index, block):
+        unlink_copy(index, entry, block)
+    else:
         remove_entry(index, entry)
-    if after:
-        index.last_copy[after - 1] = before
-    if before:
-        index.next_copy[before - 1] = after
-    elif after:
-        index.entries[entry].block = after - 1
     index.entry_of[block] = 0
-    if after or before:
-        index.next_copy[block] = index.last_copy[block] = 0
 
 
 cdef void remove_entry(index_t *index, int32_t entry) noexcept nogil:
@@ -172,6 +219,11 @@ cdef void remove_entry(index_t *index, int32_t entry) noexcept nogil:
     while link[0] != entry + 1:
         link = &index.entries[link[0] - 1].next
     link[0] = gone.next
+    forget_leaf(&index.leaves, entry)
+    if index.journal != NULL:
+        write_down(index.journal, EVICTED, serial_of(index, entry, gone.generation),
+                   serial_of(index, gone.parent, gone.ancestry), index.leaves.salt[entry],
+                   &index.ids[<int64_t>gone.block * index.block_size], index.block_size)
     gone.generation += 1
     gone.next = index.unused
     index.unused = entry + 1
@@ -187,10 +239,11 @@ cdef inline bint may_leave(const index_t *index, int32_t entry) noexcept nogil:
 
 cdef int32_t cached_copy(const index_t *index, int32_t entry) noexcept nogil:
     """A cached block of the entry, not a fresh one; -1 for none."""
-    cdef int32_t block = index.entries[entry].block
-    while block >= 0 and not (is_cached(index, block) and not bit_of(index.fresh, block)):
-        block = index.next_copy[block] - 1
-    return block
+    cdef int32_t head = index.entries[entry].block
+    cdef int32_t block = index.last_copy[head] - 1 if index.last_copy[head] else head
+    while bit_of(index.fresh, block) and block != head:
+        block = index.last_copy[block] - 1
+    return block if is_cached(index, block) and not bit_of(index.fresh, block) else -1
 
 
 cdef inline void update_leaf(index_t *index, int32_t entry) noexcept nogil:
@@ -203,7 +256,7 @@ cdef inline void update_leaf(index_t *index, int32_t entry) noexcept nogil:
 
 cdef void count_kid(index_t *index, int32_t entry, int32_t change) noexcept nogil:
     """Tells the entry before that this one has, or has no longer, a cached block."""
-    cdef int32_t parent = parent_of(index, &index.entries[entry])
+    cdef int32_t parent = parent_of(index, entry)
     if parent >= 0:
         index.entries[parent].kids += change
         if index.entries[parent].cached:
@@ -214,6 +267,7 @@ cdef void cache_block(index_t *index, int64_t block, bint fresh) noexcept nogil:
     """Nobody holds the block, which has an entry, any more. Of several those that come later first."""
     cdef uint64_t bit = <uint64_t>1 << (block & 63)
     index.cached[block >> 6] |= bit
+    relink(index, block, False)
     if fresh:
         index.fresh[block >> 6] |= bit
         index.fresh_blocks += 1
@@ -224,6 +278,7 @@ cdef void cache_block(index_t *index, int64_t block, bint fresh) noexcept nogil:
 cdef inline void count_cached(index_t *index, int32_t entry) noexcept nogil:
     """One more block of the entry may be evicted, in its turn."""
     index.cached_blocks += 1
+    count_quota(&index.leaves, entry, 1)
     index.entries[entry].cached += 1
     if index.entries[entry].cached == 1:
         count_kid(index, entry, 1)
@@ -235,11 +290,13 @@ cdef void uncache_block(index_t *index, int64_t block) noexcept nogil:
     cdef int32_t entry = entry_at(index, block)
     cdef uint64_t bit = <uint64_t>1 << (block & 63)
     index.cached[block >> 6] &= ~bit
+    relink(index, block, True)
     if index.fresh[block >> 6] & bit:
         index.fresh[block >> 6] &= ~bit
         index.fresh_blocks -= 1
         return
     index.cached_blocks -= 1
+    count_quota(&index.leaves, entry, -1)
     index.entries[entry].cached -= 1
     update_leaf(index, entry)
     if index.entries[entry].cached == 0:
@@ -253,6 +310,44 @@ cdef void settle_block(index_t *index, int64_t block) noexcept nogil:
         index.fresh[block >> 6] &= ~bit
         index.fresh_blocks -= 1
         count_cached(index, entry_at(index, block))
+
+
+# ---- pins
+
+cdef void pin_block(index_t *index, int64_t block) noexcept nogil:
+    """A pin holds a block, which is not cached then."""
+    index.pinned[block >> 6] |= <uint64_t>1 << (block & 63)
+    index.pinned_blocks += 1
+
+
+cdef void unpin_block(index_t *index, int64_t block) noexcept nogil:
+    index.pinned[block >> 6] &= ~(<uint64_t>1 << (block & 63))
+    index.pinned_blocks -= 1
+
+
+# ---- what was there
+
+cdef inline uint32_t print_of(uint64_t hash) noexcept nogil:
+    return <uint32_t>(hash >> 32) | 1
+
+
+cdef inline uint64_t full_hash(const index_t *index, int32_t parent, uint32_t ancestry,
+                               const int32_t *ids) noexcept nogil:
+    return kv_hash_after(kv_hash_ids(ids, index.block_size, index.seed), parent, ancestry, index.seed)
+
+
+cdef void note_gone(index_t *index, int32_t entry) noexcept nogil:
+    """Remembers, until another one takes the place, that an entry was evicted."""
+    cdef const entry_t *seen = &index.entries[entry]
+    cdef uint64_t hash = full_hash(index, seen.parent, seen.ancestry,
+                                   &index.ids[<int64_t>seen.block * index.block_size])
+    index.gone[hash & index.mask] = print_of(hash)
+
+
+cdef bint was_evicted(const index_t *index, int32_t parent, const int32_t *ids) noexcept nogil:
+    """Whether a block that is not there once was, as far as that is remembered; one in four billion errs."""
+    cdef uint64_t hash = full_hash(index, parent, index.entries[parent].generation if parent >= 0 else 0, ids)
+    return index.gone[hash & index.mask] == print_of(hash)
 
 
 # ---- moves
@@ -273,34 +368,37 @@ cdef inline void move_bit(uint64_t *words, int64_t block, int64_t to) noexcept n
 
 
 cdef inline void move_block(index_t *index, int64_t block, int64_t to) noexcept nogil:
-    cdef int32_t after = index.next_copy[block], before = index.last_copy[block]
-    if before == 0:
-        index.entries[entry_at(index, block)].block = <int32_t>to
-    if after or before:
+    cdef int32_t entry = entry_at(index, block), after = index.next_copy[block], before = index.last_copy[block]
+    if before:  # it has a twin
         index.next_copy[to], index.last_copy[to] = after, before
         index.next_copy[block] = index.last_copy[block] = 0
-        if after:
-            index.last_copy[after - 1] = <int32_t>to + 1
-        if before:
+        if index.entries[entry].block != block:
             index.next_copy[before - 1] = <int32_t>to + 1
+        index.last_copy[after - 1 if after else index.entries[entry].block] = <int32_t>to + 1
+    if index.entries[entry].block == block:
+        index.entries[entry].block = <int32_t>to
     index.entry_of[to] = index.entry_of[block]
     index.entry_of[block] = 0
     move_bit(index.cached, block, to)
     move_bit(index.fresh, block, to)
+    move_bit(index.pinned, block, to)
 
 
 # ---- checks
 
 cdef str check_index(const index_t *index):
     """The first thing that is wrong, None if nothing is."""
-    cdef int64_t block, cached = 0, fresh = 0, copies = 0, linked = 0, entries = 0
+    cdef int64_t block, cached = 0, pinned = 0, fresh = 0, copies = 0, linked = 0, entries = 0
     cdef int32_t entry
     cdef str wrong
     for block in range(index.num_blocks):
         if bit_of(index.fresh, block) and not is_cached(index, block):
             return f"block {block} is freshly let go, and not cached"
-        if is_cached(index, block) and entry_at(index, block) < 0:
-            return f"block {block} is cached, and nothing says what it has"
+        if (is_cached(index, block) or bit_of(index.pinned, block)) and entry_at(index, block) < 0:
+            return f"block {block} is cached or pinned, and nothing says what it has"
+        if bit_of(index.pinned, block) and (is_cached(index, block) or index.pins[entry_at(index, block)] == 0):
+            return f"block {block} is pinned {index.pins[entry_at(index, block)]} times, or cached as well"
+        pinned += bit_of(index.pinned, block)
         cached += is_cached(index, block) and not bit_of(index.fresh, block)
         fresh += bit_of(index.fresh, block)
         copies += entry_at(index, block) >= 0
@@ -310,9 +408,12 @@ cdef str check_index(const index_t *index):
     for entry in range(index.touched):
         if index.entries[entry].generation & 1:
             entries += 1
+            pinned -= index.pins[entry] > 0
             wrong = check_entry(index, entry, &linked)
             if wrong is not None:
                 return wrong
+    if pinned:
+        return f"{pinned} more blocks are pinned than entries"
     if entries != index.num_entries or copies != linked:
         return f"{entries} entries of {linked} blocks, the counts say {index.num_entries} and {copies}"
     wrong = check_kids(index)
@@ -323,8 +424,9 @@ cdef str check_entry(const index_t *index, int32_t entry, int64_t *linked):
     cdef const entry_t *seen = &index.entries[entry]
     cdef int64_t cached = 0, length = index.block_size * sizeof(int32_t)
     cdef const int32_t *ids = &index.ids[<int64_t>seen.block * index.block_size]
-    cdef int32_t block = seen.block, before = -1
-    if parent_of(index, seen) == seen.parent or seen.parent < 0:
+    cdef int32_t block = seen.block, before = index.last_copy[seen.block] - 1
+    cdef bint all_cached = False
+    if parent_of(index, entry) == seen.parent or seen.parent < 0:
         if find_after(index, seen.parent, ids) != entry:
             return f"entry {entry} of block {block} is not found by its tokens"
     while block >= 0:
@@ -333,9 +435,15 @@ cdef str check_entry(const index_t *index, int32_t entry, int64_t *linked):
                     f"{entry_at(index, block)} and block {index.last_copy[block] - 1}")
         if memcmp(&index.ids[<int64_t>block * index.block_size], ids, length) != 0:
             return f"block {block} has other tokens than entry {entry}, which names it"
+        if all_cached and not is_cached(index, block):
+            return f"block {block} is held, and listed after cached ones of entry {entry}"
+        all_cached = is_cached(index, block)
         cached += is_cached(index, block) and not bit_of(index.fresh, block)
         linked[0] += 1
         before, block = block, index.next_copy[block] - 1
+    if index.last_copy[seen.block] != (before + 1 if before != seen.block else 0):
+        return (f"entry {entry} ends at block {before}, "
+                f"its first block {seen.block} says {index.last_copy[seen.block] - 1}")
     if cached != seen.cached:
         return f"entry {entry} has {cached} cached blocks, its count says {seen.cached}"
     if may_leave(index, entry) != is_leaf(&index.leaves, entry):
@@ -348,7 +456,7 @@ cdef str check_kids(const index_t *index):
     cdef int32_t entry, parent
     for entry in range(index.touched):
         if index.entries[entry].generation & 1 and index.entries[entry].cached:
-            parent = parent_of(index, &index.entries[entry])
+            parent = parent_of(index, entry)
             kids[parent] = kids.get(parent, 0) + 1
     for entry in range(index.touched):
         if index.entries[entry].generation & 1 and index.entries[entry].kids != kids.get(entry, 0):

@@ -231,6 +231,7 @@ cdef class Looks(Door):
         cdef int64_t there = free_blocks(&self.pool)
         cdef int64_t longest = longest_free(&self.pool)
         cdef int64_t claims = self.pool.claims, limbo = waiting_blocks(&self.pool)
+        cdef int64_t pinned = self.pool.index.pinned_blocks
         cdef int64_t cached = self.pool.index.cached_blocks, moved_cached = self.pool.moved_cached
         cdef int64_t moves = self.pool.moves, moved = self.pool.moved_tokens, copied = self.pool.copied_tokens
         cdef int64_t spills = self.pool.spills, heals = self.pool.heals, pause = self.pool.longest_pause
@@ -238,11 +239,12 @@ cdef class Looks(Door):
         cdef int64_t bucket
         sight.latencies[0] += sight.admissions - sight.num_timed
         return (
-            live, used + there, used, there, cached, claims, longest, fragmentation_of(longest, there),
+            live, used + there, used, there, cached, pinned, claims, longest, fragmentation_of(longest, there),
             used * block_bytes, there * block_bytes, (used + there) * block_bytes,
             max(sight.past.used, sight.peak.used),
             moves, moved, moved * token_bytes, copied, moved_cached, sight.reuse.revived_tokens,
-            sight.reuse.for_room + sight.reuse.for_quota + sight.reuse.doubles + sight.reuse.cleared, spills, heals, pause, arena_copies,
+            sight.reuse.for_room + sight.reuse.for_quota + sight.reuse.doubles + sight.reuse.cleared,
+            spills, heals, pause, arena_copies,
             limbo, max(sight.past.live, sight.peak.live), max(sight.past.claims, sight.peak.claims),
             sight.peak.used, sight.peak.live, sight.peak.claims, sight.admissions, sight.frees,
             sight.refused.arena_full, sight.refused.promises, sight.refused.growth, sight.refused.past_limit,

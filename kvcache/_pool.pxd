@@ -247,6 +247,8 @@ cdef handle_t enter(pool_t *pool, int64_t tokens, int64_t limit) noexcept nogil
 cdef handle_t enter_at(pool_t *pool, int32_t who, int64_t tokens, int64_t limit) noexcept nogil
 cdef void end_run(pool_t *pool, int32_t who) noexcept nogil
 cdef int reserve_found(pool_t *pool, int64_t blocks) noexcept nogil
+cdef int reserve_lately(pool_t *pool, int64_t entries) noexcept nogil
+cdef int reserve_limbo(pool_t *pool, int64_t entries) noexcept nogil
 cdef void note_lately(pool_t *pool, int64_t start, int64_t length) noexcept nogil
 cdef void leave(pool_t *pool, int32_t who) noexcept nogil
 cdef void refresh(pool_t *pool, int32_t who) noexcept nogil

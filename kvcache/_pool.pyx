@@ -164,7 +164,7 @@ cdef handle_t enter_at(pool_t *pool, int32_t who, int64_t tokens, int64_t limit)
     hot.generation += 1
     hot.tokens = <int32_t>tokens
     seq.limit = <int32_t>limit
-    seq.known = seq.indexed = seq.salt = 0
+    seq.known = seq.indexed = seq.salt = seq.priority = 0
     memset(&pool.marks[who * pool.num_marks], 0, pool.num_marks * sizeof(int32_t))
     memset(&pool.written[who * pool.num_marks], 0, pool.num_marks * sizeof(extent_t))
     pool.space.live += 1
@@ -307,9 +307,9 @@ cdef int reserve_for_holds(pool_t *pool, int64_t blocks) noexcept nogil:
         return -1
     if not pool.paged:
         blocks = min(blocks, pool.space.further + 1)  # a run is one entry
-    if keeps(pool) and reserve_extents(&pool.lately, &pool.lately_capacity, pool.num_lately + blocks):
+    if keeps(pool) and reserve_lately(pool, blocks):
         return -1
-    return reserve_extents(&pool.limbo, &pool.limbo_capacity, pool.num_limbo + blocks)
+    return reserve_limbo(pool, blocks)
 
 
 cdef int reserve_found(pool_t *pool, int64_t blocks) noexcept nogil:
@@ -324,6 +324,14 @@ cdef int reserve_found(pool_t *pool, int64_t blocks) noexcept nogil:
     pool.found = <int32_t *>found
     pool.found_capacity = blocks
     return 0
+
+
+cdef int reserve_lately(pool_t *pool, int64_t entries) noexcept nogil:
+    return reserve_extents(&pool.lately, &pool.lately_capacity, pool.num_lately + entries)
+
+
+cdef int reserve_limbo(pool_t *pool, int64_t entries) noexcept nogil:
+    return reserve_extents(&pool.limbo, &pool.limbo_capacity, pool.num_limbo + entries)
 
 
 cdef int reserve_extents(extent_t **extents, int64_t *capacity, int64_t entries) noexcept nogil:

@@ -13,6 +13,7 @@ cdef void note_ids(pool_t *pool, int32_t who, int64_t start, const int32_t *ids,
 cdef void share_names(pool_t *pool, int32_t who) noexcept nogil
 cdef void index_more(pool_t *pool, int32_t who) noexcept nogil
 cdef void unindex(pool_t *pool, int32_t who, int64_t keep) noexcept nogil
+cdef bint cuts_pin(const pool_t *pool, int32_t who, int64_t first) noexcept nogil
 cdef void disown(pool_t *pool, int32_t who, int64_t start, int64_t count) noexcept nogil
 cdef void index_twin(pool_t *pool, int32_t who, int32_t twin) noexcept nogil
 cdef void leave_blocks(pool_t *pool, int32_t who, int64_t first) noexcept nogil

@@ -1,24 +1,29 @@
-"""What is known of a sequence's tokens, and what of it is found: blocks enter the index as they are named and committed,
-leave it when they are cut or overwritten, and stay, cached, when their last holder goes.
+"""What is known of a sequence's tokens, and what of it is found.
+
+Blocks enter the index as they are named and committed, leave it when they are cut or overwritten, and stay, cached,
+when their last holder goes.
 """
 
 from libc.stdint cimport int32_t, int64_t
-from libc.string cimport memcmp, memcpy
+from libc.string cimport memcpy
 
-from kvcache._blocks cimport NOWHERE
+from kvcache._blocks cimport NOWHERE, mark_free
 from kvcache._evict cimport cache_run
 from kvcache._index cimport (
     cache_block,
+    cached_copy,
     enter_block,
     entry_at,
     forget_block,
     has_twin,
-    is_cached,
+    is_pinned,
     join_entry,
+    parent_of,
 )
-from kvcache._policy cimport INSERTED, LET_GO, touch
-from kvcache._pool cimport committed_tokens, end_run, give_back, keeps, note_lately, pool_t, slot_of
-from kvcache._space cimport held, seq_t
+from kvcache._leaves cimport prefer
+from kvcache._policy cimport HIT, INSERTED, LET_GO, touch
+from kvcache._pool cimport committed_tokens, keeps, note_lately, pool_t, slot_of
+from kvcache._space cimport seq_t
 
 cdef enum:
     UNNAMED = -1    # an id that nobody has said yet, in a block that two sequences may name
@@ -82,13 +87,24 @@ cdef inline bint index_next(pool_t *pool, int32_t who, int64_t whole) noexcept n
         if parent < 0:
             return False
     if entry >= 0:  # it is shared, and the other holder came first
-        return pool.index.entries[entry].parent == parent
+        return parent_of(&pool.index, entry) == parent or (parent < 0 and pool.index.entries[entry].parent == parent)
     entry = enter_block(&pool.index, parent, block)
     if not pool.paged:
         pool.space.blocks.cells[block].a = run_with(pool, who, seq.indexed)
-    if not has_twin(&pool.index, block):
-        touch(&pool.policy, &pool.index, entry, INSERTED, seq.indexed, whole)
+    touch(&pool.policy, &pool.index, entry, HIT if has_twin(&pool.index, block) else INSERTED, seq.indexed, whole)
+    if pool.paged and pool.index.entries[entry].cached:
+        drop_cached_twin(pool, entry)
+    if seq.priority:
+        prefer(&pool.index.leaves, entry, seq.priority, seq.expires)
     return True
+
+
+cdef void drop_cached_twin(pool_t *pool, int32_t entry) noexcept nogil:
+    """Paged: a block that somebody holds has the content, so that the cached one is free."""
+    cdef int64_t block = cached_copy(&pool.index, entry)
+    forget_block(&pool.index, block)
+    mark_free(&pool.space.blocks, block, 1)
+    pool.sight.reuse.doubles += 1
 
 
 cdef inline int32_t run_with(const pool_t *pool, int32_t who, int64_t index) noexcept nogil:
@@ -101,12 +117,21 @@ cdef inline int32_t run_with(const pool_t *pool, int32_t who, int64_t index) noe
 cdef void unindex(pool_t *pool, int32_t who, int64_t keep) noexcept nogil:
     """Blocks from `keep` on are cut or overwritten: those that nobody else holds lose their content."""
     cdef seq_t *seq = &pool.space.seqs[who]
-    cdef int64_t block
-    while seq.indexed > keep:
-        seq.indexed -= 1
-        block = block_at(pool, who, seq.indexed)
+    cdef int64_t index, block
+    for index in range((seq.blocks if pool.paged else seq.indexed) - 1, keep - 1, -1):
+        block = block_at(pool, who, index)
         if entry_at(&pool.index, block) >= 0 and not (pool.paged and pool.refs[block] > 1):
             forget_block(&pool.index, block)
+    seq.indexed = min(seq.indexed, <int32_t>keep)
+
+
+cdef bint cuts_pin(const pool_t *pool, int32_t who, int64_t first) noexcept nogil:
+    """Contiguous: whether a pin holds one of a sequence's blocks from `first` on, so that they cannot be cut."""
+    cdef int64_t index
+    for index in range(first, pool.space.seqs[who].indexed if pool.index.pinned_blocks else 0):
+        if is_pinned(&pool.index, block_at(pool, who, index)):
+            return True
+    return False
 
 
 cdef void disown(pool_t *pool, int32_t who, int64_t start, int64_t count) noexcept nogil:
@@ -124,6 +149,7 @@ cdef void index_twin(pool_t *pool, int32_t who, int32_t twin) noexcept nogil:
     cdef seq_t *other = &pool.space.seqs[twin]
     cdef int64_t index, block
     other.salt, other.known, other.indexed = seq.salt, seq.known, seq.indexed
+    other.priority, other.expires = seq.priority, seq.expires
     for index in range(0 if pool.paged else seq.indexed):
         block = block_at(pool, twin, index)
         join_entry(&pool.index, entry_at(&pool.index, block_at(pool, who, index)), block)
@@ -146,24 +172,26 @@ cdef void leave_blocks(pool_t *pool, int32_t who, int64_t first) noexcept nogil:
         entry = entry_at(&pool.index, block)
         if entry < 0 or pool.refs[block] > 1:
             continue
+        touch(&pool.policy, &pool.index, entry, LET_GO, index, seq.blocks)
         if has_twin(&pool.index, block):
             forget_block(&pool.index, block)
             continue
         pool.refs[block] = 0
-        touch(&pool.policy, &pool.index, entry, LET_GO, index, seq.blocks)
         cache_block(&pool.index, block, fresh)
         if fresh:
             note_lately(pool, block, 1)
 
 
 cdef int64_t worth_keeping(pool_t *pool, int32_t who) noexcept nogil:
-    """Contiguous: how many of a sequence's blocks stay as cached runs; those beyond, if elsewhere too, are forgotten."""
+    """Contiguous: how many of a sequence's blocks stay as cached runs; the last ones, if elsewhere too, are forgotten.
+    """
     cdef seq_t *seq = &pool.space.seqs[who]
     cdef int64_t block
     while seq.indexed:
         block = block_at(pool, who, seq.indexed - 1)
-        if not has_twin(&pool.index, block):
+        if not has_twin(&pool.index, block) or is_pinned(&pool.index, block):
             break
+        touch(&pool.policy, &pool.index, entry_at(&pool.index, block), LET_GO, seq.indexed - 1, seq.blocks)
         forget_block(&pool.index, block)
         seq.indexed -= 1
     return seq.indexed
@@ -177,7 +205,8 @@ cdef void leave_runs(pool_t *pool, int32_t who, int64_t keep) noexcept nogil:
     for index in range(keep - 1, -1, -1):
         block = block_at(pool, who, index)
         touch(&pool.policy, &pool.index, entry_at(&pool.index, block), LET_GO, index, keep)
-        cache_block(&pool.index, block, fresh)
+        if not is_pinned(&pool.index, block):
+            cache_block(&pool.index, block, fresh)
     pool.space.hot[who].generation += 1
     pool.space.live -= 1
     while run != NOWHERE:

@@ -10,7 +10,7 @@ from libc.stdlib cimport realloc
 from libc.string cimport memcpy
 
 from kvcache._blocks cimport NOWHERE, block_is_free, mark_free, take_block, take_lowest
-from kvcache._evict cimport evict_some, make_clean
+from kvcache._evict cimport evict_some, keep_quota, keep_quotas, make_clean
 from kvcache._index cimport move_blocks
 from kvcache._lock cimport kv_unlock
 from kvcache._moves cimport move_t
@@ -53,7 +53,7 @@ from kvcache._pool cimport (
     status_t,
     tail_is_kept,
 )
-from kvcache._reuse cimport disown, index_more, index_twin, leave_runs, share_names, unindex, worth_keeping
+from kvcache._reuse cimport cuts_pin, disown, index_more, index_twin, leave_runs, share_names, unindex, worth_keeping
 from kvcache._scatter cimport (
     copy_to_runs,
     drop_runs,
@@ -100,6 +100,7 @@ cdef void do_deferred(pool_t *pool) noexcept nogil:
     while pool.deferred_releases:
         pool.deferred_releases -= 1
         release_mine(pool)
+        keep_quotas(pool)
     while pool.num_deferred:
         pool.num_deferred -= 1
         retire(pool, pool.deferred[pool.num_deferred], NAN)
@@ -240,6 +241,7 @@ cdef status_t retire(pool_t *pool, handle_t handle, double when) noexcept nogil:
         leave_runs(pool, who, keep)
     else:
         leave(pool, who)
+    keep_quota(pool, pool.space.seqs[who].salt)
     pool.sight.frees += 1
     pool.changes += 1
     return OK
@@ -423,14 +425,18 @@ cdef status_t cut(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil:
     if pool.paged:
         if over_budget_after_cut(pool, who, tokens):
             return refuse(pool, 0)
-        unindex(pool, who, tokens // size)
+        if pool.space.traced:
+            unindex(pool, who, tokens // size)
         will = is_writer(pool, who, tokens, seq.limit) and pool.refs[seq.table[keep - 1]] > 1
         was = dropped == 0 and is_writer(pool, who, hot.tokens, seq.limit)
         drop_tail(pool, who, keep)
         if will and not was:
             change_holders(pool, seq.table[keep - 1], 0, 1)
     else:
-        unindex(pool, who, tokens // size)
+        if cuts_pin(pool, who, tokens // size):
+            return refuse(pool, 0)
+        if pool.space.traced:
+            unindex(pool, who, tokens // size)
         drop_tail(pool, who, keep)
     if tokens % size:
         keep_content(pool, slot_of(pool, who, tokens) // size,
@@ -520,7 +526,8 @@ cdef void mark_written(pool_t *pool, int32_t who, int64_t mark, int64_t start, i
     cdef int64_t size = pool.space.block_size
     if start < written[0] and start < committed_tokens(pool, who):
         lower_marks(pool, who, start)
-        unindex(pool, who, start // size)
+        if pool.space.traced:
+            unindex(pool, who, start // size)
     if pool.space.traced:
         disown(pool, who, start, count)
     if start <= written[0]:

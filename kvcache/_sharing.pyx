@@ -31,7 +31,7 @@ from kvcache._pool cimport (
     reserve_for_holds,
     status_t,
 )
-from kvcache._reuse cimport leave_blocks
+from kvcache._reuse cimport cuts_pin, leave_blocks
 
 
 cdef void change_holders(pool_t *pool, int64_t block, int32_t refs, int32_t writers) noexcept nogil:
@@ -45,13 +45,18 @@ cdef void change_holders(pool_t *pool, int64_t block, int32_t refs, int32_t writ
     pool.claims += after - before
 
 
+cdef void leave_block(pool_t *pool, int64_t block, bint writer) noexcept nogil:
+    """One of several holders less. If the one that is left has been cut, and will write into it, nothing is found."""
+    change_holders(pool, block, -1, -1 if writer else 0)
+    if pool.refs[block] == 1 and pool.writers[block] and keeps(pool) and entry_at(&pool.index, block) >= 0:
+        forget_block(&pool.index, block)
+
+
 cdef void drop_block(pool_t *pool, int64_t block, int64_t tokens, bint writer) noexcept nogil:
     """One holder, of so many tokens in it, less; the last one gives the block back. Room for holds is reserved."""
     if pool.refs[block] > 1:
-        change_holders(pool, block, -1, -1 if writer else 0)
+        leave_block(pool, block, writer)
         keep_content(pool, block, tokens)
-        if pool.refs[block] == 1 and pool.writers[block] and keeps(pool) and entry_at(&pool.index, block) >= 0:
-            forget_block(&pool.index, block)  # the one that is left has been cut, and will write into it
         return
     pool.refs[block] = 0
     give_back(pool, block, 1)
@@ -100,7 +105,8 @@ cdef bint is_shared(const pool_t *pool, int32_t who) noexcept nogil:
         for index in range(seq.blocks):
             if pool.refs[seq.table[index]] > 1:
                 return True
-    return False
+        return False
+    return cuts_pin(pool, who, 0)
 
 
 # ---- a block of one's own

@@ -6,6 +6,7 @@ from kvcache._pool cimport pool_t, sight_t
 
 cdef enum:
     FREE_CELL = -1
+    PINNED_CELL = -4         # held by a pin alone
     CACHED_CELL = -3         # nobody holds it, its content is found
     WAITING_CELL = -2        # let go under a hold that has not ended
     SHARED_CELL = 1 << 30    # beside one holder's place: the block has several

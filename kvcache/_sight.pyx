@@ -4,7 +4,7 @@ from libc.stdint cimport int32_t, int64_t
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from kvcache._blocks cimport NOWHERE, block_is_free, draw_blocks, largest_free_run, longest_run_of_bits
-from kvcache._index cimport bit_of, is_cached
+from kvcache._index cimport bit_of, is_cached, is_pinned
 from kvcache._pool cimport NUM_LATENCIES, note_peak, pool_t, sight_t
 from kvcache._space cimport seq_t
 
@@ -75,6 +75,8 @@ cdef void draw_owners(const pool_t *pool, int32_t *cells) noexcept nogil:
         cells[block] = FREE_CELL if block_is_free(&pool.space.blocks, block) else WAITING_CELL
         if pool.index.cached_blocks and is_cached(&pool.index, block) and not bit_of(pool.index.fresh, block):
             cells[block] = CACHED_CELL
+        elif is_pinned(&pool.index, block):
+            cells[block] = PINNED_CELL
     for who in range(<int32_t>pool.places):
         if pool.space.hot[who].generation & 1 and pool.paged:
             draw_table(pool, who, cells)

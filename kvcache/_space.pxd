@@ -29,6 +29,8 @@ ctypedef struct seq_t:
     int32_t known          # tokens whose ids are known, from the first on
     int32_t indexed        # leading blocks that have an entry in the index of prefixes
     int32_t salt           # what its prefixes are kept under
+    int32_t priority       # of what is entered of it, until `expires` by the cache's clock
+    double expires
     int32_t next_double    # of a cached run that begins with what is elsewhere too: the next one, NOWHERE for none
     int32_t last_double    # and the one before
 

@@ -18,7 +18,7 @@ from kvcache.spec import KVCacheSpec
 from kvcache.stats import CacheStats, stats_text
 
 PLACEMENTS = ("contiguous", "paged")
-ORDERS = {"lru": 0, "lfu": 1, "fifo": 2}  # as in _policy.pxd
+ORDERS = {"lru": 0, "priority": 0, "lfu": 1, "fifo": 2, "worth": 3}  # as in _policy.pxd
 _new_stats = tuple.__new__  # of the namedtuple's fields, all of them
 
 
@@ -102,6 +102,7 @@ class KVCache(CacheCore):
             copier=arena.copier,
             order=ORDERS[policy] if prefix_cache else None,
             clock=clock,
+            block_bytes=spec.block_bytes,
         )
         self.spec = spec
         self.arena = arena

@@ -17,9 +17,9 @@ class CacheStats(NamedTuple):
     ----------
     num_sequences : int
         Live sequences.
-    total_blocks, used_blocks, free_blocks, cached_blocks, claimed_blocks : int
-        Blocks of the arena; held by sequences; held by nobody; of the free ones, those whose content may be found
-        again; promised to live sequences beyond what they hold.
+    total_blocks, used_blocks, free_blocks, cached_blocks, pinned_blocks, claimed_blocks : int
+        Blocks of the arena; held by sequences and pins; held by nobody; of the free ones, those whose content may be
+        found again; of the used ones, those that a pin holds; promised to live sequences beyond what they hold.
     largest_free_run : int
         Blocks of the longest gap.
     fragmentation : float
@@ -80,6 +80,7 @@ class CacheStats(NamedTuple):
     used_blocks: int
     free_blocks: int
     cached_blocks: int
+    pinned_blocks: int
     claimed_blocks: int
     largest_free_run: int
     fragmentation: float
