@@ -19,7 +19,9 @@ LISTS = {
     "pool_tokens": 262144,
     "block_size": 16,
     "keep_free": 0.1,
+    "policy": "lru",
 }  # with defaults
+WITH_PREFIXES = {"placement": "paged", "block_size": None}  # other defaults; None: the trace's
 
 
 def add_replay(commands):
@@ -28,11 +30,12 @@ def add_replay(commands):
         "replay",
         help="drive a trace of served requests through a cache, and measure",
         description="Admits the requests of a trace in order, appends a token a step to every live sequence, frees "
-        "what is finished, and measures. Several values of --placement, --pool-tokens, --block-size or "
-        "--keep-free, with commas between, are a sweep. Exit code 1 if the cache lost something.",
+        "what is finished, and measures. Several values of --placement, --pool-tokens, --block-size, --keep-free or "
+        "--policy, with commas between, are a sweep. Exit code 1 if the cache lost something.",
     )
     _add_traffic(command)
     _add_cache(command)
+    _add_prefixes(command)
     _add_output(command)
     command.set_defaults(run=_replay)
 
@@ -117,13 +120,36 @@ def _add_cache(command):
     )
 
 
+def _add_prefixes(command):
+    group = command.add_argument_group("prefixes")
+    group.add_argument(
+        "--prefix",
+        action="store_true",
+        help="prompts are tokens, and beginnings that were seen before are found; for a trace that tells which begin "
+        "alike (Mooncake's, sessions). Default then: paged, in blocks of the trace's size",
+    )
+    group.add_argument(
+        "--policy",
+        action="extend",
+        type=_names,
+        metavar="NAME,...",
+        help="of the cache, what is evicted first; takes a list; default: lru",
+    )
+    group.add_argument(
+        "--prefill-only",
+        action="store_true",
+        help="prompts alone, in the order of the file: each is computed and freed before the next",
+    )
+
+
 def _add_output(command):
     group = command.add_argument_group("output")
     add_json(group)
     group.add_argument(
         "--plot",
         metavar="FILE",
-        help="draw the run, or the curve of a sweep; the name ends in .png, .svg or .html",
+        help="draw the run, or the curve of a sweep, with --prefill-only always a curve; the name ends in .png, "
+        ".svg or .html",
     )
     group.add_argument("--jobs", type=count, metavar="N", help="processes of a sweep; default: one a core")
     group.add_argument("--dask", metavar="ADDRESS", help="a Dask scheduler that takes the cells of a sweep")
@@ -138,6 +164,12 @@ def _list_of(convert, name):
 
     values.__name__ = name  # argparse says "invalid count value"
     return values
+
+
+def _policy(text):
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a name is empty")
+    return text.strip()
 
 
 def _placement(text):
@@ -177,16 +209,18 @@ def _overcommit(text):
 for _type, _name in ((_positive, "number"), (_share, "share"), (_overcommit, "number")):
     _type.__name__ = _name
 _counts, _placements = _list_of(count, "count"), _list_of(_placement, "placement")
-_shares = _list_of(_kept_share, "share")
+_shares, _names = _list_of(_kept_share, "share"), _list_of(_policy, "name")
 
 
 # --- the command
 
 
 def _replay(arguments):
-    for name, default in LISTS.items():
+    _check_prefixes(arguments)
+    for name, default in (LISTS | (WITH_PREFIXES if arguments.prefix else {})).items():
         setattr(arguments, name, list(dict.fromkeys(getattr(arguments, name) or [default])))
     _check(arguments)
+    trace = _trace(arguments)
     settings = Settings(
         arrivals=arguments.arrivals,
         speed=arguments.speed,
@@ -197,14 +231,48 @@ def _replay(arguments):
         overcommit=arguments.overcommit,
         max_move_tokens=arguments.max_move_tokens,
         backend=arguments.backend,
+        prefix=arguments.prefix,
+        prefill_only=arguments.prefill_only,
     )
     cells = cells_of(settings, **{name: getattr(arguments, name) for name in LISTS})
+    return _run(arguments, trace, cells)
+
+
+def _trace(arguments):
+    """What is replayed; its block size is the cache's where prefixes are and no other is given."""
     if arguments.trace is None:
         name = arguments.workload or "chat"
-        trace = WORKLOADS[name].make(f"{name} (generated, seed {arguments.seed})", arguments.seed)
-    else:
-        trace = read_trace(arguments.trace, arguments.skip_bad)
-    return _run(arguments, trace, cells)
+        return WORKLOADS[name].make(f"{name} (generated, seed {arguments.seed})", arguments.seed)
+    trace = read_trace(arguments.trace, arguments.skip_bad)
+    if arguments.prefix:
+        if trace.prefixes is None:
+            raise UsageError(
+                f"{arguments.trace} does not tell which prompts begin alike: --prefix needs hash_ids, or sessions"
+            )
+        if arguments.block_size == [None]:
+            arguments.block_size = [trace.prefixes.block_tokens]
+            _check_sizes(arguments)
+    return trace
+
+
+def _check_prefixes(arguments):
+    """Refuse what makes no sense with or without prefixes, by what was given and not by what is by default."""
+    given = {
+        "--policy": arguments.policy,
+        "--prefill-only": arguments.prefill_only,
+        "--keep-free": arguments.keep_free,
+        "--arrivals trace": arguments.arrivals == "trace",
+        "--max-tokens-known": arguments.max_tokens_known,
+    }
+    given = [option for option, value in given.items() if value]
+    if not arguments.prefix:
+        if given[:1] in (["--policy"], ["--prefill-only"]):
+            raise UsageError(f"{given[0]} is about prefixes: add --prefix")
+        return
+    if arguments.trace is None:
+        raise UsageError("generated traffic has no prefixes: name a trace, or leave --prefix out")
+    if arguments.prefill_only and given[-1] != "--prefill-only":
+        raise UsageError(f"{given[-1]} means nothing with --prefill-only: leave it out")
 
 
 def _check(arguments):
@@ -219,6 +287,8 @@ def _check(arguments):
     if arguments.plot is not None and Path(arguments.plot).suffix.lower() not in PICTURES:
         raise UsageError(f"--plot {arguments.plot}: give a name that ends in {', '.join(PICTURES)}")
     without = [name for name in arguments.placement if name in BASELINES]
+    if without and arguments.prefix:
+        raise UsageError(f"--placement {without[0]} keeps no prefixes: leave it or --prefix out")
     if without and arguments.backend != "none":
         raise UsageError(f"--placement {without[0]} keeps no bytes: leave --backend {arguments.backend} out")
     if arguments.trace is not None and arguments.workload is not None:
@@ -234,6 +304,11 @@ def _check(arguments):
         )
     if arguments.seed < 0:
         raise UsageError(f"--seed is {arguments.seed}, expected at least 0")
+    if None not in arguments.block_size:
+        _check_sizes(arguments)
+
+
+def _check_sizes(arguments):
     small, large = min(arguments.pool_tokens), max(arguments.block_size)
     if small < large:
         raise UsageError(
@@ -297,7 +372,7 @@ def _check_cell(cell):
 
 def _film(arguments, cells):
     """What pictures are taken on, where one replay is drawn."""
-    if arguments.plot is None or len(cells) > 1:
+    if arguments.plot is None or len(cells) > 1 or arguments.prefill_only:
         return None
     from kvcache.replay_film import Film
 

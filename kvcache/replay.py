@@ -9,6 +9,10 @@ prefilled and freed at once.
 Admission leaves a share free: the head waits while used blocks and those of its prompt are more than
 ``(1 - keep_free)`` of all. Who was preempted has been admitted before, and may break that rule when nobody else lives.
 
+With prefixes, prompts and outputs have tokens (`replay_prompts`), which the cache finds again: a prompt is committed
+when it is admitted, what was generated when the sequence ends or is preempted. The rule of admission counts all blocks
+of a prompt, found or not. Prompts alone, one after the other, are `replay_prefill`.
+
 What is measured, and over which steps, is in `replay_figures`.
 """
 
@@ -23,6 +27,8 @@ from kvcache.cache import PLACEMENTS, KVCache
 from kvcache.replay_baselines import Buddy, Reserve, RunCache
 from kvcache.replay_contents import Contents
 from kvcache.replay_figures import Meter, ReplayFault, Tally
+from kvcache.replay_prefill import Prefill
+from kvcache.replay_prompts import Prompts
 
 BASELINES = {"buddy": Buddy, "reserve": Reserve}
 ALL_PLACEMENTS = (*PLACEMENTS, *BASELINES)
@@ -60,6 +66,12 @@ class Settings:
         Of the cache.
     backend : str
         ``"none"``; or ``"numpy"`` or ``"mlx"``, to have real bytes written, moved and compared.
+    prefix : bool
+        Prompts have tokens, and their beginnings are found again; for a trace that tells which begin alike.
+    policy : str
+        Of the cache: what is evicted first; for ``prefix``.
+    prefill_only : bool
+        Prompts alone, one after the other, in the order of the file; for ``prefix``.
     """
 
     pool_tokens: int = 262144
@@ -75,6 +87,9 @@ class Settings:
     overcommit: float | None = None
     max_move_tokens: int | None = None
     backend: str = "none"
+    prefix: bool = False
+    policy: str = "lru"
+    prefill_only: bool = False
 
     @property
     def num_blocks(self):
@@ -107,6 +122,8 @@ class Settings:
             placement=self.placement,
             overcommit=self.claims_bound,
             max_move_tokens=self.max_move_tokens,
+            prefix_cache=self.prefix,
+            policy=self.policy,
         )
 
 
@@ -118,30 +135,39 @@ def replay(trace, settings, watch=None, film=None):
     trace : Trace
     settings : Settings
     watch : callable, optional
-        Called now and then with the `Replay`, to show how far it is.
+        Called now and then with the `Replay` or `Prefill`, to show how far it is.
     film : Film, optional
         Takes a picture of the steps that are measured.
 
     Returns
     -------
-    Figures
+    Figures or PrefillFigures
 
     Raises
     ------
     ReplayFault
         The cache told fewer moves than were seen, lost contents, or left everybody waiting.
     """
-    return Replay(trace, settings, watch, film).run()
+    if not settings.prefill_only:
+        return Replay(trace, settings, watch, film).run()
+    taken, skipped = chosen(trace, settings)
+    real = settings.backend != "none"
+    return Prefill(settings.open_pool(), trace, taken.tolist(), skipped, watch, real).run()
 
 
 def chosen(trace, settings):
-    """Which requests are replayed, as indices, and how many were skipped before the last of them."""
+    """Which requests are replayed, as numbers in their order, and how many were skipped before the last of them."""
     share = math.inf if settings.max_share is None else settings.max_share
     longest = share * settings.num_blocks * settings.block_size
-    fitting = np.flatnonzero(trace.prompts.astype(np.int64) + trace.outputs <= longest)
+    order, lengths = np.arange(len(trace)), trace.prompts.astype(np.int64)
+    if settings.prefill_only:
+        order = np.argsort(trace.places)
+    else:
+        lengths += trace.outputs
+    fitting = np.flatnonzero(lengths[order] <= longest)
     taken = fitting[: settings.max_requests]
     seen = len(trace) if len(taken) == len(fitting) else int(fitting[len(taken)])
-    return taken, int(np.count_nonzero(~np.isin(np.arange(seen), fitting)))
+    return order[taken], seen - len(taken)
 
 
 class Replay:
@@ -150,10 +176,14 @@ class Replay:
     def __init__(self, trace, settings, watch=None, film=None):
         self.settings = settings
         self.pool = settings.open_pool()
-        self.meter = Meter(self.pool)
+        self.meter = Meter(self.pool, settings.prefix)
         self.tally = Tally(settings.num_blocks, settings.block_size)
-        self.contents = None if settings.backend == "none" else Contents(self.pool)
         self.watch, self.film = watch, film
+        self.tokens_of = Prompts(trace).tokens if settings.prefix else None
+        self.tokens = {}  # number -> ids of prompt and output, of the live, with prefixes
+        self.contents = None
+        if settings.backend != "none":
+            self.contents = Contents(self.pool, self.tokens if settings.prefix else None)
         self.prompts = trace.prompts.tolist()  # grows by what was generated, where one is preempted
         self.totals = (trace.prompts.astype(np.int64) + trace.outputs).tolist()
         taken, self.skipped = chosen(trace, settings)
@@ -274,11 +304,18 @@ class Replay:
         prompt, total = self.prompts[number], self.totals[number]
         told = self.settings.max_tokens_known or isinstance(self.pool, RunCache)
         limit = total if told else self.settings.num_blocks * self.settings.block_size
-        if not self.meter.admit(number, prompt, limit):
+        given = prompt
+        if self.tokens_of is not None:
+            self.tokens[number] = self.tokens_of(number, total)
+            given = self.tokens[number][:prompt]
+        if not self.meter.admit(number, given, limit):
+            self.tokens.pop(number, None)
             return False
         self.live[number] = self.step
         if self.contents is not None:
-            self.contents.prefill(number)
+            self.contents.prefill(number, self.meter.found_tokens)
+        if self.tokens_of is not None:
+            self.meter.commit(number, prompt)
         if total == prompt:
             self._free([number])
         else:
@@ -289,7 +326,7 @@ class Replay:
 
     def _append(self):
         """A token for everybody who stays; whether fragmentation had somebody preempted."""
-        got = self.meter.append()
+        got = self.meter.append(self._next_tokens(self.live))
         if got.all():
             self.meter.look()
             if self.contents is not None:
@@ -304,10 +341,19 @@ class Replay:
             self.contents.last_tokens(self.live)
         return blocked
 
+    def _next_tokens(self, numbers):
+        """The ids that they generate in this step; None where tokens are only counted."""
+        if self.tokens_of is None:
+            return None
+        new = (
+            self.tokens[number][self.prompts[number] + self.step - self.live[number]] for number in numbers
+        )
+        return np.fromiter(new, np.int32, len(numbers))
+
     def _make_room(self, number):
         """Preempt from the youngest on, until a member has its token or is gone itself."""
         blocked = False
-        while number in self.live and not self.meter.append_one(number):
+        while number in self.live and not self.meter.append_one(number, self._next_tokens([number])):
             tokens, total = self.pool.used_tokens(number), self.totals[number]
             wanted = self._width(tokens + 1, total) - self._width(tokens, total)
             blocked |= wanted <= self.pool.free_blocks
@@ -321,7 +367,10 @@ class Replay:
         generated = self.step - self.live.pop(number)
         self.ends[self.step + self.totals[number] - self.prompts[number] - generated - 1].remove(number)
         self.prompts[number] += generated
+        if self.tokens_of is not None:
+            self.meter.commit(number, self.prompts[number])
         self.meter.free([number])
+        self.tokens.pop(number, None)
         self.returned.append(number)
         self.preempted += 1
 
@@ -331,6 +380,9 @@ class Replay:
         for number in numbers:
             if self.contents is not None:
                 self.contents.verify(number)
+            if self.tokens_of is not None:
+                self.meter.commit(number, self.totals[number])
             del self.live[number]
+            self.tokens.pop(number, None)
         self.meter.free(numbers)
         self.finished += len(numbers)

@@ -44,6 +44,12 @@ class Figures:
     allocator_ns_per_token: (
         float  # in calls of cache and batch, admissions and frees included, over appended_tokens
     )
+    prompt_tokens: int  # of prompts that were looked up, those of preempted requests once more
+    cached_tokens: int  # of these, found
+    prefix_hit_ratio: float  # cached over prompt tokens
+    evicted_blocks: int
+    copied_tokens: int  # from where they were found
+    revived_tokens: int  # continued where they were found
     verified_tokens: int  # of finished sequences, whose bytes were compared
     wall_seconds: float  # from the first request to the last, reading the trace not included
 
@@ -58,10 +64,15 @@ class Meter:
     Parameters
     ----------
     pool : KVCache or RunCache
+    prefix : bool
+        Prompts and what is appended come as tokens.
     """
 
-    def __init__(self, pool):
+    def __init__(self, pool, prefix=False):
         self.pool = pool
+        self.prefix = prefix
+        self.prompt_tokens = self.cached_tokens = 0
+        self.found_tokens = 0  # of the last prompt
         self.batch = pool.batch()
         self.stats = pool.stats()
         self.nanoseconds = 0
@@ -72,24 +83,30 @@ class Meter:
     def admit(self, request_id, prompt, max_tokens):
         """Allocate, and join the batch; whether it was granted."""
         began = perf_counter_ns()
-        granted = self.pool.allocate_for(request_id, prompt, max_tokens=max_tokens) is not None
-        if granted:
+        granted = self.pool.allocate_for(request_id, prompt, max_tokens=max_tokens)
+        if granted is not None:
             self.batch.add(request_id)
         self.nanoseconds += perf_counter_ns() - began
+        if self.prefix and granted is not None:
+            self.found_tokens = granted.cached_tokens
+            self.prompt_tokens += len(prompt)
+            self.cached_tokens += self.found_tokens
         self.look()
-        return granted
+        return granted is not None
 
-    def append(self):
-        """A token for everybody; who got it."""
+    def append(self, tokens=None):
+        """A token for everybody, of these ids; who got it."""
         began = perf_counter_ns()
-        got = self.batch.append()
+        got = self.batch.append(tokens) if self.prefix else self.batch.append()
         self.nanoseconds += perf_counter_ns() - began
         return got
 
-    def append_one(self, request_id):
+    def append_one(self, request_id, tokens=None):
         """A token for one; whether it got it."""
         began = perf_counter_ns()
-        got = self.pool.append_token(request_id)
+        got = (
+            self.pool.append_tokens(request_id, tokens) if self.prefix else self.pool.append_token(request_id)
+        )
         self.nanoseconds += perf_counter_ns() - began
         return got
 
@@ -102,6 +119,12 @@ class Meter:
             self.batch.remove(request_id)
         self.nanoseconds += perf_counter_ns() - began
         self.starts, self.lengths = self.batch.starts.copy(), self.batch.lengths.copy()
+
+    def commit(self, request_id, num_tokens):
+        """The first tokens of one are computed."""
+        began = perf_counter_ns()
+        self.pool.commit(request_id, num_tokens)
+        self.nanoseconds += perf_counter_ns() - began
 
     def look(self):
         """See what has moved since the last look; members may have joined since, at the end, but none left.
@@ -146,7 +169,7 @@ class Tally:
         self._sequences += len(meter.lengths)
         self._runs += int(np.count_nonzero(meter.starts >= 0))
         self._attended += tokens
-        self._waste += 1 - tokens / held
+        self._waste += max(0.0, 1 - tokens / held)  # what is shared is a token of each that has it
         self._fragmentation += meter.stats.fragmentation
         self._blocked += blocked
         self._waiting += waiting
@@ -180,6 +203,12 @@ class Tally:
             blocked_by_fragmentation=self._blocked,
             mean_waiting=self._waiting / steps,
             appended_tokens=self._sequences,
+            prompt_tokens=meter.prompt_tokens,
+            cached_tokens=meter.cached_tokens,
+            prefix_hit_ratio=meter.cached_tokens / max(1, meter.prompt_tokens),
+            evicted_blocks=getattr(stats, "evicted_blocks", 0),
+            copied_tokens=getattr(stats, "copied_tokens", 0),
+            revived_tokens=getattr(stats, "revived_tokens", 0),
             allocator_ns_per_token=meter.nanoseconds / sequences,
             **counts,
         )

@@ -31,6 +31,7 @@ STYLE = {
 }
 BLUE, GREEN, GREY, RED = "#2b6cb0", "#2f855a", "#718096", "#c53030"
 COLOURS = {"contiguous": BLUE, "paged": GREEN, "buddy": RED, "reserve": "#b7791f"}
+PALETTE = (BLUE, GREEN, RED, "#b7791f", "#6b46c1", GREY)
 MARKERS = "osD^vPX*"
 CROWDED = 40  # live sequences: more are seen in a close-up
 LEAST_LABELLED = 0.002  # moved over attended
@@ -71,7 +72,12 @@ def draw(file, records, film=None):
     """
     kind = Path(file).suffix.lower()[1:]
     with rc_context(STYLE):
-        figure = _figure_of_sweep(records) if film is None else _figure_of_replay(records[0], film)
+        if film is not None:
+            figure = _figure_of_replay(records[0], film)
+        elif records[0]["prefix"]:
+            figure = _figure_of_prefixes(records)
+        else:
+            figure = _figure_of_sweep(records)
         if kind == "png":
             figure.savefig(file, dpi=150)
             return
@@ -275,3 +281,54 @@ def _draw_held(panel, groups):
     kept = sorted({f"{cell['keep_free']:.0%}" for cell in cells})
     panel.set_title(f"live sequences, {', '.join(kept)} kept free")
     panel.set_xlabel("sequences held at once, on average")
+
+
+# --- what is found again
+
+
+def _figure_of_prefixes(records):
+    """Found over room, a line for each policy."""
+    figure = Figure(figsize=(12, 5.5), layout="constrained")
+    alone = records[0]["prefill_only"]
+    found, beside = figure.subplots(1, 2, sharex=True, sharey=alone)
+    for label, colour, marker, cells in _policies(records):
+        capacities = [-(-cell["pool_tokens"] // cell["block_size"]) for cell in cells]
+        style = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.2}
+        for panel, name in (
+            (found, "prefix_hit_ratio"),
+            (beside, "prefix_hit_ratio_last_half" if alone else "mean_sequences"),
+        ):
+            panel.plot(capacities, [cell[name] for cell in cells], label=label, **style)
+    found.set_title("prompt tokens that were found, of all")
+    beside.set_title("the same, of the last half of the requests" if alone else "live sequences, on average")
+    for panel in (found, beside):
+        panel.set_xscale("log")
+        panel.set_xlabel("blocks of the arena")
+        panel.xaxis.set_major_formatter(FuncFormatter(_thousands))
+        panel.set_ylim(bottom=0)
+        panel.margins(x=0.05, y=0.1)
+    for panel in (found, beside) if alone else (found,):
+        panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    found.legend(framealpha=0.7, edgecolor="none", loc="best")
+    figure.suptitle(sweep_rows(records)[0], x=0.01, ha="left", fontsize=12, fontweight="bold")
+    return figure
+
+
+def _policies(records):
+    """Cells that differ in their room only: label, colour by policy, marker by the rest, and the cells."""
+    groups = defaultdict(list)
+    for record in records:
+        groups[record["policy"], record["placement"], record["block_size"], record["keep_free"]].append(
+            record
+        )
+    policies = list(dict.fromkeys(key[0] for key in groups))
+    others = list(dict.fromkeys(key[1:] for key in groups))
+    for key, cells in groups.items():
+        placement, block_size, kept = key[1:]
+        label = [key[0]]
+        label += [placement] if len({other[0] for other in others}) > 1 else []
+        label += [f"blocks of {block_size}"] if len({other[1] for other in others}) > 1 else []
+        label += [f"{kept:.3g} kept free"] if len({other[2] for other in others}) > 1 else []
+        colour = PALETTE[policies.index(key[0]) % len(PALETTE)]
+        marker = MARKERS[others.index(key[1:]) % len(MARKERS)]
+        yield ", ".join(label), colour, marker, sorted(cells, key=lambda cell: cell["pool_tokens"])

@@ -61,12 +61,18 @@ class Trace:
         Which requests begin alike, where the file tells.
     bad_rows : int
         Rows that were skipped.
+
+    Attributes
+    ----------
+    places : array of int
+        Of each request: which row of the file it was.
     """
 
     def __init__(self, name, arrivals, prompts, outputs, prefixes=None, bad_rows=0):
         arrivals = np.asarray(arrivals, np.float64)
         order = np.argsort(arrivals, kind="stable")
         self.name = name
+        self.places = order
         self.arrivals = arrivals[order] - (arrivals[order[0]] if len(order) else 0.0)
         self.prompts = np.asarray(prompts, np.int32)[order]
         self.outputs = np.asarray(outputs, np.int32)[order]
@@ -125,6 +131,24 @@ class PrefixIds:
             parts.append(own)
             place, wanted = (int(self._earlier[place]), kept) if kept else (-1, 0)
         return np.concatenate(parts[::-1])
+
+    def next_turns(self):
+        """For each request the one that begins with all of its ids and goes on from there, told so by the file.
+
+        Returns
+        -------
+        array of int
+            -1 where there is none.
+        """
+        ends = np.concatenate(([0], np.cumsum(self._ranges[:, 1])))[self._firsts]
+        lengths = self._kept + np.diff(ends)
+        later = np.flatnonzero(self._earlier >= 0)[::-1]  # of several the first stands
+        later = later[self._kept[later] == lengths[self._earlier[later]]]
+        numbers = np.empty(len(self._places), np.int64)
+        numbers[self._places] = np.arange(len(self._places))
+        turns = np.full(len(self._places), -1, np.int64)
+        turns[numbers[self._earlier[later]]] = numbers[later]
+        return turns
 
     def _own(self, place):
         ranges = self._ranges[self._firsts[place] : self._firsts[place + 1]]

@@ -38,6 +38,8 @@ RANKS = {
     "replay_figures": 4,
     "replay_film": 4,
     "replay_plot": 4,
+    "replay_prefill": 4,
+    "replay_prompts": 4,
     "replay_sweep": 4,
     "replay_view": 4,
     "top_view": 4,

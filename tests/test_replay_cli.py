@@ -87,9 +87,10 @@ def test_help_names_every_option_and_its_default(capsys):
         *("--workload", "--seed", "--skip-bad", "--max-requests", "--max-share", "--arrivals", "--speed"),
         *("--step-ms", "--placement", "--pool-tokens", "--block-size", "--keep-free", "--max-tokens-known"),
         *("--overcommit", "--max-move-tokens", "--backend", "--json", "--plot", "--jobs", "--dask"),
+        *("--prefix", "--policy", "--prefill-only"),
     ):
         assert option in told
-    for default in ("262144", "16", "0.1", "saturate", "contiguous", "chat", "none", "30"):
+    for default in ("262144", "16", "0.1", "saturate", "contiguous", "chat", "none", "30", "lru"):
         assert f"default: {default}" in told
 
 
