@@ -4,8 +4,10 @@ The bookkeeping (who holds which blocks, what is promised, who waits) is native,
 it; the bytes are in `arena.py`. What is here brings the two together.
 """
 
+import itertools
 import math
 import sys
+import threading
 
 from kvcache._alloc import CacheCore
 from kvcache._batch import BatchCore
@@ -18,6 +20,7 @@ from kvcache.spec import KVCacheSpec
 from kvcache.stats import CacheStats, stats_text
 
 PLACEMENTS = ("contiguous", "paged")
+NOBODY_WAITS = 0, 0.0
 _new_stats = tuple.__new__  # of the namedtuple's fields, all of them
 
 
@@ -107,6 +110,8 @@ class KVCache(CacheCore):
         self.overcommit = overcommit
         self.max_move_tokens = max_move_tokens
         self._health = Watch()
+        self._queues = []  # read by anybody, changed under the lock below
+        self._enrolment = threading.Lock()
         self._layers = spec.layers
         self._prices = spec.block_bytes, spec.bytes_per_token
         in_place = backend == "numpy" and all(layer.v_index is not None for layer in spec.layers)
@@ -294,9 +299,17 @@ class KVCache(CacheCore):
     def stats(self):
         """Every number at once: a `CacheStats`, which stays as it is."""
         arena = self.arena
-        return _new_stats(
-            CacheStats, self._figures(*self._prices, arena.arena_copies, arena.library_memory())
-        )
+        figures = self._figures(*self._prices, arena.arena_copies, arena.library_memory())
+        return _new_stats(CacheStats, figures + (self._queued() if self._queues else NOBODY_WAITS))
+
+    def _queued(self):
+        """How many wait before the cache, and for how long the first of them has."""
+        waiting, oldest = 0, 0.0
+        for queue in self._queues:
+            if count := len(queue):
+                waiting += count
+                oldest = max(oldest, queue.oldest_age)
+        return waiting, oldest
 
     def dump_cache_stats(self, file=None):
         """Write the configuration, the state and one line per sequence to `file` (standard output by default)."""
@@ -329,11 +342,38 @@ class KVCache(CacheCore):
             raise ValueError(f"width must be at least 1, not {width}")
         return image_of(self._owners(), as_index(width, "width"), bool(dark))
 
+    @property
+    def queues(self):
+        """The open `AllocationQueue`s before this cache, in order of their making."""
+        return tuple(self._queues)
+
+    def _enrol(self, queue, name):
+        """Takes a queue in under its name, or one that is free."""
+        with self._enrolment:
+            taken = {each.name for each in self._queues}
+            if name is None:
+                names = ("default" if number == 1 else f"default-{number}" for number in itertools.count(1))
+                name = next(each for each in names if each not in taken)
+            elif not isinstance(name, str) or not name:
+                raise TypeError(f"name must be a string that is not empty, not {name!r}")
+            elif name in taken:
+                raise ValueError(f"the cache has a queue named {name!r} already")
+            queue.name = name
+            self._queues.append(queue)
+        return name
+
+    def _strike(self, queue):
+        """Lets a queue go, whose name is free again."""
+        with self._enrolment:
+            if queue in self._queues:
+                self._queues.remove(queue)
+
     def check_health(self):
         """What an operator should hear of: a tuple of `Finding`, told to the logger ``kvcache`` once a minute each.
 
-        High fragmentation in paged placement, promises above 90 %, and arrays of the arena that MLX has copied. Called
-        by whoever exports metrics or the status, never by the calls that serve.
+        High fragmentation in paged placement, promises above 90 %, arrays of the arena that MLX has copied, and a queue
+        whose oldest waiter is older than its `warn_after`. Called by whoever exports metrics or the status, never by
+        the calls that serve.
         """
         return self._health.look(self)
 

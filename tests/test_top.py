@@ -6,7 +6,9 @@ import socket
 import threading
 
 import pytest
+from crowd import Crowd
 
+from kvcache.admission import AllocationQueue, Reject, Wait
 from kvcache.cli import main
 from kvcache.status import snapshot
 
@@ -63,6 +65,41 @@ def test_rates_are_differences_over_time(busy):
     words = [line.split() for line in text.splitlines()]
     rates = {line[1]: line[3] for line in words if len(line) > 3}
     assert (rates["admitted"], rates["freed"], rates["moves"]) == ("2.5", "3.0", "0.0")
+
+
+def test_queues_are_shown_with_lengths_ages_and_rates(make_cache):
+    cache = make_cache(1, 1, 4, 64, 4)
+    clients = Crowd(cache, Wait(), name="chat", warn_after=2.0)
+    clients.ask("a", 64, tenant="holder")
+    last = snapshot(cache)
+    for number in range(3):
+        clients.ask(number, 8, tenant="waits")
+    for number in range(5):
+        clients.ask(("refused", number), 8, strategy=Reject())
+    clients.ask("late", 8, strategy=Wait(1.0))
+    clients.pass_time(2.5)
+    now = snapshot(cache) | {"seconds": last["seconds"] + 2.0}
+    rows = [line.strip("│ ").split() for line in pictured(now, last).splitlines()]
+    assert ["chat", "3", "2.5", "s", "1", "1", "0", "5", "0"] in rows
+    assert ["per", "second", "0.0", "0.5", "0.0", "2.5", "0.0"] in rows
+    assert ["waits", "3", "2.5", "s", "0", "0", "0", "0", "0"] in rows
+    assert ["holder", "0", "1", "0", "0", "0", "0"] in rows
+    clients.close()
+
+
+def test_a_cache_without_queues_and_a_status_without_them_have_no_such_table(busy):
+    now = snapshot(busy)
+    assert now["queues"] == [] and "oldest  " not in pictured(now)
+    del now["queues"]
+    assert "req_1" in pictured(now)
+
+
+def test_names_of_queues_and_tenants_cannot_write_to_the_terminal(make_cache):
+    cache = make_cache()
+    queue = AllocationQueue(cache, name="\x1b[2J\x07[red]q")
+    queue.allocate("a", 4, tenant="\x1b[2J[red]t")
+    text = pictured(snapshot(cache))
+    assert "\x1b" not in text and "\x07" not in text and "?[2J?[red]q" in text and "?[2J[red]t" in text
 
 
 def test_ids_cannot_write_to_the_terminal(make_cache):
