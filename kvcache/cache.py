@@ -344,7 +344,7 @@ class KVCache(CacheCore):
 
     @property
     def queues(self):
-        """The open `AllocationQueue`s before this cache, in order of their making."""
+        """Every open `AllocationQueue` before this cache, in order of their making: a tuple."""
         return tuple(self._queues)
 
     def _enrol(self, queue, name):

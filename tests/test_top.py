@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 
+import numpy as np
 import pytest
 from crowd import Crowd
 
@@ -52,6 +53,50 @@ def test_the_address_is_found_through_the_file(busy, capsys, tmp_path):
 def test_json_is_the_snapshot(busy, capsys):
     assert main(["top", busy.serve_status().address, "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)) == set(snapshot(busy))
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_picture_has_a_square_of_ten_pixels_for_each_block(busy, tmp_path, dark):
+    image = pytest.importorskip("matplotlib.image")
+    with busy.hold():
+        busy.free_for("req_2")
+        file = tmp_path / "blocks.png"
+        assert (
+            main(["top", busy.serve_status().address, "--plot", str(file), *(["--dark"] if dark else [])])
+            == 0
+        )
+        expected = busy.block_map_image(64, dark=dark)
+    read = np.round(255 * image.imread(file)).astype(np.uint8)
+    assert read.shape == (10, 640, 3)
+    assert (read == expected.repeat(10, axis=0).repeat(10, axis=1)).all()
+    colours = {tuple(pixel) for pixel in read[0, :160].tolist()}
+    ground = (18, 18, 20) if dark else (255, 255, 255)
+    assert ground in colours and (128, 128, 128) in colours and len(colours) > 2
+
+
+def test_the_picture_of_a_large_arena_has_a_square_for_several_blocks(make_cache, tmp_path):
+    image = pytest.importorskip("matplotlib.image")
+    cache = make_cache(1, 1, 1, 4 * 2048, 1, backend="none")
+    cache.allocate_for("half", 4096)
+    assert main(["top", cache.serve_status().address, "--plot", str(tmp_path / "x.png")]) == 0
+    read = image.imread(tmp_path / "x.png")
+    assert read.shape == (320, 640, 3)
+    assert len(np.unique(read[:160].reshape(-1, 3), axis=0)) == 1
+    assert (read[160:] == 1.0).all() and (read[0, 0] != 1.0).any()
+
+
+def test_a_picture_and_json_are_of_one_look(busy, tmp_path, capsys):
+    file = tmp_path / "x.PNG"
+    assert main(["top", busy.serve_status().address, "--json", "--plot", str(file)]) == 0
+    assert json.loads(capsys.readouterr().out)["stats"]["used_blocks"] == 8
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name, said", [("x.svg", "ends in .png"), ("nowhere/x.png", "No such file")])
+def test_a_picture_that_cannot_be_written_is_an_error(busy, tmp_path, capsys, name, said):
+    assert main(["top", busy.serve_status().address, "--plot", str(tmp_path / name)]) == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_rates_are_differences_over_time(busy):
