@@ -30,7 +30,8 @@ class Courses(Desk):
         """The lease, if nobody waits and it fits whole."""
         if self._closed:
             return None
-        self._lock.acquire()
+        if not self._take(False):
+            self._lock.acquire()
         account = None
         try:
             if self._waiters.count:

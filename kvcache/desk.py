@@ -6,12 +6,12 @@ never waits for the lock: it leaves a note, and whoever has the lock reads the n
 middle of it all is safe.
 """
 
-import threading
 import time
 from collections import OrderedDict, deque
 from dataclasses import dataclass, replace
 
 from kvcache.errors import CacheClosed, CacheHeld, KVCacheError, SequenceExists
+from kvcache.parking import ParkingLock
 from kvcache.refusals import Fits, Refusal, Room
 from kvcache.strategies import Reduce
 from kvcache.tallies import Tallies
@@ -87,7 +87,8 @@ class Desk:
         self._warn_after = warn_after
         self._clock = clock
         self._virtual = clock is not time.monotonic
-        self._lock = threading.Lock()
+        self._lock = ParkingLock()
+        self._take = self._lock.take
         self._notes = deque()  # ids that may have been freed, waiters given up, the cache: anything else
         self._accounts = {}  # tenant -> Tenant
         self._live = OrderedDict()  # request id -> Lease, least recently appended first
@@ -107,7 +108,7 @@ class Desk:
     def _note(self, about):
         """Called by whatever makes room; never waits."""
         self._notes.append(about)
-        if self._lock.acquire(False):
+        if self._take(False):
             self._release()
 
     def _release(self):
@@ -122,7 +123,7 @@ class Desk:
             for waiter in woken:
                 if not waiter.sleeper.wake():
                     self._notes.append(waiter)
-            if not self._notes or not self._lock.acquire(False):
+            if not self._notes or not self._take(False):
                 return
 
     def _read_notes(self):

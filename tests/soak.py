@@ -80,7 +80,7 @@ class Storm:
             thread.start()
         while any(thread.is_alive() for thread in threads):
             finished = self.finished
-            faulthandler.dump_traceback_later(STILL_SECONDS, exit=True)
+            faulthandler.dump_traceback_later(STILL_SECONDS, exit=True, file=sys.__stderr__)
             while self.finished == finished and any(thread.is_alive() for thread in threads):
                 time.sleep(0.01)
             time.sleep(0.1)
@@ -346,7 +346,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=120.0, help="in all")
     parser.add_argument("--seed", type=int, default=1)
     chosen = parser.parse_args()
-    faulthandler.enable()
+    faulthandler.enable(sys.__stderr__)
     logging.getLogger("kvcache").addHandler(logging.NullHandler())
     sys.setswitchinterval(1e-4)
     faults, happened = [], Counter()

@@ -52,6 +52,7 @@ RANKS = {
     "arena": 2,
     "block_map": 2,
     "memory": 2,
+    "parking": 0,
     "refusals": 2,
     "strategies": 2,
     "tallies": 2,

@@ -81,7 +81,7 @@ def test_where_nothing_finishes_all_stacks_are_printed():
     assert done.stderr.startswith("Timeout") and done.stderr.count("in guarded") == 2
 
 
-def test_a_fault_is_told_and_ends_it(monkeypatch, capsys):
+def test_a_fault_is_told_and_ends_it(monkeypatch):
     monkeypatch.setattr(soak.Visit, "values", lambda self, tokens: soak.np.zeros(tokens, soak.np.float32))
     storm = soak.Storm("1", 30, {})
     storm.cache.get_kv_views = lambda *_: (_ for _ in ()).throw(RuntimeError("wrong bytes"))
