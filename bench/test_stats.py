@@ -1,9 +1,16 @@
-"""Looking at a busy cache: 1,024 sequences in a pool of 65,536 blocks that has been lived in."""
+"""Looking at a busy cache: 1,024 sequences in a pool of 65,536 blocks that has been lived in; and beside an engine."""
 
 import io
+import statistics
+import threading
+import time
 
+import numpy as np
 import pytest
+from floors import timed
 from scenes import LivedIn
+
+from kvcache import KVCache
 
 pytestmark = pytest.mark.benchmark(group="looking")
 
@@ -48,3 +55,94 @@ def test_dump_cache_stats(measure, pool):
 
     measure(look, verify=verify, rounds=20)
     pool.cache.check()
+
+
+MEMBERS, LAYERS, STEPS = 64, 4, 40
+EVERY = 0.001  # seconds
+
+
+class Decoding:
+    """An engine's loop without its model: a token for each of 64 members, written in four layers under a hold."""
+
+    def __init__(self):
+        self.cache = KVCache(LAYERS, 4, 64, MEMBERS * 512, 16)
+        for number in range(MEMBERS):
+            assert self.cache.allocate_for(f"request-{number}", 250, max_tokens=512)
+        self.batch = self.cache.batch(list(self.cache))
+        self.rows = np.ones((MEMBERS, 4, 64), np.float32)
+
+    def rewind(self):
+        self.batch.truncate(self.batch.lengths - 250)
+
+    def steps(self):
+        cache, batch, rows = self.cache, self.batch, self.rows
+        for _ in range(STEPS):
+            batch.append()
+            with cache.hold():
+                for layer in range(LAYERS):
+                    batch.write(layer, rows, rows)
+
+
+class Ticking:
+    """A thread that wakes up a thousand times a second and calls something, or nothing."""
+
+    def __init__(self):
+        self.call, self.ticks, self.ended = None, 0, False
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def run(self):
+        due = time.perf_counter()
+        while not self.ended:
+            due = max(due + EVERY, time.perf_counter())
+            time.sleep(max(0.0, due - time.perf_counter()))
+            if self.call is not None:
+                self.call()
+            self.ticks += 1
+
+    def close(self):
+        self.ended = True
+        self.thread.join()
+
+
+@pytest.fixture
+def ticking():
+    made = Ticking()
+    yield made
+    made.close()
+
+
+def test_a_decode_loop_beside_stats_at_1_khz(measure, ticking):
+    """Its floor is the same loop beside a thread that wakes up as often and does nothing."""
+    engine, alone, rates = Decoding(), [], []
+
+    def beside(call):
+        ticking.call = call
+        engine.rewind()
+
+    def idle():
+        engine.steps()
+
+    def looked_at():
+        engine.steps()
+
+    def prepare():
+        beside(None)
+
+    def floor():
+        began, ticks = time.perf_counter(), ticking.ticks
+        engine.steps()
+        rates.append((ticking.ticks - ticks) / (time.perf_counter() - began))
+        beside(engine.cache.stats)
+
+    def verify():
+        assert engine.batch.lengths.tolist() == [250 + STEPS] * MEMBERS
+
+    measure(
+        looked_at,
+        prepare=prepare,
+        verify=verify,
+        calls=STEPS,
+        rounds=400,
+        floor=("beside an idle thread", floor),
+    )
