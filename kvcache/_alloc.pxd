@@ -3,18 +3,23 @@
 `CacheCore.pool` is valid for as long as the cache lives. Keep a reference to the cache; the pool keeps none.
 """
 
-from libc.stdint cimport int64_t
+from libc.stdint cimport int32_t, int64_t
 
 from kvcache._calls cimport (
+    counted,
+    pool_admit,
     pool_allocate,
     pool_append,
+    pool_append_ids,
     pool_close,
     pool_commit,
     pool_compact,
     pool_fork,
     pool_free,
     pool_hold,
+    pool_probe,
     pool_release,
+    pool_set_ids,
     pool_set_limit,
     pool_slots,
     pool_truncate,
@@ -22,6 +27,7 @@ from kvcache._calls cimport (
 from kvcache._copy cimport Copier, Sources, plane_t
 from kvcache._door cimport Allocation, Door
 from kvcache._looks cimport Looks
+from kvcache._prefixes cimport Prefixes
 from kvcache._pool cimport (
     BAD_COUNT,
     BELOW_USED,
@@ -38,13 +44,14 @@ from kvcache._pool cimport (
     STALE,
     handle_t,
     pool_t,
+    request_t,
     status_t,
 )
 from kvcache._runs cimport BlockAllocator, BlockRun
 
 
-cdef class CacheCore(Looks):
-    cdef bint append_patiently(self, Allocation found, int64_t count) except -1
+cdef class CacheCore(Prefixes):
+    cdef bint append_patiently(self, Allocation found, int64_t count, const int32_t *ids) except -1
 
 
 cdef handle_t handle_of(CacheCore cache, object request_id) except 0

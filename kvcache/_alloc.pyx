@@ -1,16 +1,25 @@
 """The door of the native rooms: converts, checks, calls one function without the GIL, translates its status.
 
-`Door` has what every call needs, `Looks` what reads and writes, `CacheCore` what changes who holds which blocks.
+`Door` has what every call needs, `Looks` what reads and writes, `Prefixes` what is found again, `CacheCore` what
+changes who holds which blocks.
 """
 
-from libc.stdint cimport int64_t
+from libc.stdint cimport int32_t, int64_t
 
-from kvcache._calls cimport admit_up_to, hold_briefly
+from kvcache._admit cimport admit
+from kvcache._calls cimport (
+    admit_up_to,
+    hold_briefly,
+    pool_commit_at,
+    pool_fork_at,
+)
 from kvcache._door cimport new_record
-from kvcache._ids cimport as_count, as_token, as_tokens, is_count
+from kvcache._ids cimport as_count, as_token, drop_ids, ids_t, is_count, read_ids
 from kvcache._lock cimport kv_lock_is_mine, kv_lock_try
+from kvcache._policy cimport read_clock
 from kvcache._pool cimport committed_tokens, is_live, my_hold, place_of
-from kvcache._sequences cimport admit, append, pool_unlock, split
+from kvcache._reuse cimport note_ids
+from kvcache._sequences cimport append, pool_unlock, split
 
 from kvcache.errors import KVCacheError, SequenceExists
 
@@ -57,12 +66,13 @@ cdef class Hold:
             self.cache.tell(self.cache)
 
 
-cdef class CacheCore(Looks):
+cdef class CacheCore(Prefixes):
     """The bookkeeping of a cache: which sequence holds which blocks, and what it may still ask for."""
 
     # -- admission
 
-    def allocate_for(self, request_id, prompt, *, max_tokens=None, max_new_tokens=None):
+    def allocate_for(self, request_id, prompt, *, max_tokens=None, max_new_tokens=None, salt=None, priority=0,
+                     ttl=None):
         """Admits a sequence, or says that it does not fit now.
 
         Parameters
@@ -73,6 +83,13 @@ cdef class CacheCore(Looks):
         max_tokens, max_new_tokens : int, optional
             The limit in total, or beyond the prompt. Blocks for the prompt are held from now on, the rest is taken
             as the sequence grows, and promised (see `overcommit`). By default the sequence may fill its last block.
+        salt : hashable, optional
+            Whose prefixes are looked up, and added to: a tenant, an adapter. Those of others are never found.
+        priority : int
+            Of what is kept of this prompt: cached blocks of a lower one leave first. 0 by default, may be negative.
+        ttl : float, optional
+            How long the priority holds, in units of the clock (by default calls of `allocate_for`, `free_for`, `fork`
+            and `commit`); then it is 0.
 
         Returns
         -------
@@ -86,27 +103,33 @@ cdef class CacheCore(Looks):
         SequenceExists
             A live sequence has this id.
         TypeError, ValueError
-            Counts or ids that are none, a limit below the prompt, both limits.
+            Counts or ids that are none, a limit below the prompt, both limits, a salt that is not hashable.
         CacheHeld
             It would have to wait for this very thread's hold to end.
         """
-        cdef int64_t tokens, limit
+        cdef ids_t ids
+        cdef request_t request = counted(self.tokens_of(prompt, &ids), 0)
         cdef status_t status = BUSY
         cdef Allocation record
-        tokens = self.tokens_of(prompt)
-        limit = self.limit_for(tokens, max_tokens, max_new_tokens)
-        if request_id in self.ids:
-            raise SequenceExists(request_id=request_id)
-        record = new_record(request_id, tokens, limit)
-        if kv_lock_try(&self.pool.lock):
-            status = CLOSED if self.pool.closed else admit(&self.pool, tokens, limit, False, &record.handle)
-            pool_unlock(&self.pool)
+        request.ids = ids.data
+        try:
+            request.limit = self.limit_for(request.tokens, max_tokens, max_new_tokens)
+            self.ask(&request, salt, priority, ttl)
+            if request_id in self.ids:
+                raise SequenceExists(request_id=request_id)
+            record = new_record(request_id, request.tokens, request.limit)
+            if kv_lock_try(&self.pool.lock):
+                status = CLOSED if self.pool.closed else admit(&self.pool, &request, False, &record.handle)
+                pool_unlock(&self.pool)
+            if status == BUSY or status == HELD:
+                self.before_waiting()
+                with nogil:
+                    status = pool_admit(&self.pool, &request, &record.handle)
+        finally:
+            drop_ids(&ids)
+        record.cached_tokens = request.cached
         if status == OK:
             return self.enter(record)
-        if status == BUSY or status == HELD:
-            self.before_waiting()
-            with nogil:
-                status = pool_allocate(&self.pool, tokens, limit, &record.handle)
         return self.enter(record) if self.answer(status, request_id) else None
 
     def fork(self, request_id, new_id):
@@ -125,19 +148,23 @@ cdef class CacheCore(Looks):
         cdef Allocation parent = self.find(request_id), record
         cdef status_t status = BUSY
         cdef handle_t child = 0
+        cdef double when
         if new_id in self.ids:
             raise SequenceExists(request_id=new_id)
         record = new_record(new_id, 0, 0)
+        when = self.read_clock()
         if kv_lock_try(&self.pool.lock):
             if is_live(&self.pool, parent.handle):
                 status = split(&self.pool, parent.handle, False, &child)
+                if status != BUSY and status != HELD:
+                    read_clock(&self.pool.policy, when)
             else:
                 status = STALE
             pool_unlock(&self.pool)
         if status == BUSY or status == HELD:
             self.before_waiting()
             with nogil:
-                status = pool_fork(&self.pool, parent.handle, &child)
+                status = pool_fork_at(&self.pool, parent.handle, &child, when)
         if not self.answer(status, request_id):
             return None
         record.handle = child
@@ -168,30 +195,42 @@ cdef class CacheCore(Looks):
 
     def _measured(self, prompt, max_tokens, max_new_tokens):
         """Tokens and limit of a request, or the error that it is."""
-        cdef int64_t tokens = self.tokens_of(prompt)
+        cdef ids_t ids
+        cdef int64_t tokens = self.tokens_of(prompt, &ids)
+        drop_ids(&ids)
         return tokens, self.limit_for(tokens, max_tokens, max_new_tokens)
 
-    def _allocate_up_to(self, request_id, prompt, max_tokens, max_new_tokens, least, int64_t keep):
+    def _allocate_up_to(self, request_id, prompt, max_tokens, max_new_tokens, least, int64_t keep, salt=None,
+                        priority=0, ttl=None):
         """Admission with the largest limit that can be promised now, at least `least` (None: the whole limit), and with
         `keep` blocks left free. None: does not fit now. False: it would have to wait for a hold of another thread.
         """
-        cdef int64_t tokens = self.tokens_of(prompt)
-        cdef int64_t limit = self.limit_for(tokens, max_tokens, max_new_tokens)
-        cdef int64_t floor = limit if least is None else max(min(<int64_t>least, limit), tokens)
+        cdef ids_t ids
+        cdef request_t request = counted(self.tokens_of(prompt, &ids), 0)
+        cdef int64_t floor
         cdef status_t status
         cdef bint mine = False
         cdef Allocation record
-        if request_id in self.ids:
-            raise SequenceExists(request_id=request_id)
-        record = new_record(request_id, tokens, limit)
-        self.lock_pool()
-        with nogil:
-            status = admit_up_to(&self.pool, tokens, floor, &limit, keep, &record.handle)
-            mine = status == HELD and my_hold(&self.pool) != NULL
-            pool_unlock(&self.pool)
+        request.ids, request.keep = ids.data, keep
+        try:
+            request.limit = self.limit_for(request.tokens, max_tokens, max_new_tokens)
+            floor = request.limit
+            if least is not None:
+                floor = max(min(<int64_t>least, request.limit), request.tokens)
+            self.ask(&request, salt, priority, ttl)
+            if request_id in self.ids:
+                raise SequenceExists(request_id=request_id)
+            record = new_record(request_id, request.tokens, request.limit)
+            self.lock_pool()
+            with nogil:
+                status = admit_up_to(&self.pool, &request, floor, &record.handle)
+                mine = status == HELD and my_hold(&self.pool) != NULL
+                pool_unlock(&self.pool)
+        finally:
+            drop_ids(&ids)
         if status == HELD and not mine:
             return False
-        record.max_tokens = limit
+        record.max_tokens, record.cached_tokens = request.limit, request.cached
         return self.enter(record) if self.answer(status, request_id) else None
 
     def _append_now(self, request_id, int64_t count):
@@ -233,37 +272,42 @@ cdef class CacheCore(Looks):
         """
         cdef Allocation found = self.find(request_id)
         cdef status_t status = BUSY
-        if token is not None:
-            as_token(token, 0)
+        cdef int32_t named = 0 if token is None else as_token(token, 0)
+        cdef const int32_t *ids = NULL if token is None else &named
         if kv_lock_try(&self.pool.lock):
             if is_live(&self.pool, found.handle):
                 status = append(&self.pool, place_of(found.handle), 1, False)
+                if status == OK and ids != NULL:
+                    note_ids(&self.pool, place_of(found.handle),
+                             self.pool.space.hot[place_of(found.handle)].tokens - 1, ids, 1)
             else:
                 status = STALE
             pool_unlock(&self.pool)
         if status == OK:
             return True
         if status == BUSY or status == HELD:
-            return self.append_patiently(found, 1)
+            return self.append_patiently(found, 1, ids)
         return self.answer(status, request_id)
 
-    cdef bint append_patiently(self, Allocation found, int64_t count) except -1:
+    cdef bint append_patiently(self, Allocation found, int64_t count, const int32_t *ids) except -1:
         cdef status_t status
         cdef handle_t handle = found.handle
         self.before_waiting()
         with nogil:
-            status = pool_append(&self.pool, handle, count)
+            status = pool_append_ids(&self.pool, handle, count, ids)
         return self.answer(status, found.request_id)
 
     def append_tokens(self, request_id, tokens):
         """Room for several tokens, all or none: `tokens` is a count or token ids. No tokens at all: True."""
         cdef Allocation found = self.find(request_id)
-        cdef int64_t count
+        cdef ids_t ids
         if is_count(tokens):
-            count = as_count(tokens, "tokens", 0)
-        else:
-            count = len(as_tokens(tokens))
-        return self.append_patiently(found, count)
+            return self.append_patiently(found, as_count(tokens, "tokens", 0), NULL)
+        read_ids(tokens, &ids)
+        try:
+            return self.append_patiently(found, ids.count, ids.data)
+        finally:
+            drop_ids(&ids)
 
     def truncate(self, request_id, num_tokens):
         """Keeps the first `num_tokens` tokens (0 allowed), gives back the blocks beyond.
@@ -327,10 +371,11 @@ cdef class CacheCore(Looks):
         cdef Allocation found = self.find(request_id)
         cdef handle_t handle = found.handle
         cdef int64_t tokens = -1 if num_tokens is None else as_count(num_tokens, "num_tokens", 0)  # -1: all
+        cdef double when = self.read_clock()
         cdef status_t status
         self.before_waiting()
         with nogil:
-            status = pool_commit(&self.pool, handle, tokens)
+            status = pool_commit_at(&self.pool, handle, tokens, when)
         if status == BELOW_USED:
             raise ValueError(f"cannot commit {num_tokens} tokens, the sequence has {self.used_tokens(request_id)}")
         self.answer(status, request_id)

@@ -19,7 +19,11 @@ cdef class BatchCore(Members):
     cdef object ask(self, object tokens, object counts)
     cdef object cut_back(self, object counts)
     cdef int put(self, Sources sources, int64_t layer) except -1
-    cdef object take_step(self, const int32_t *counts, object result, object slots, object positions)
+    cdef object take_step(self, const int32_t *counts, const int32_t *ids, object result, object slots,
+                          object positions)
+    cdef void name_step(self, const int32_t *ids) noexcept nogil
+    cdef int name(self, object tokens) except -1
+    cdef status_t may_name_step(self, const int32_t *ids) noexcept nogil
     cdef status_t append_each(self, const int32_t *counts, unsigned char *got) noexcept nogil
     cdef bint gone(self) noexcept nogil
     cdef status_t append_one(self, int64_t index, int64_t count, unsigned char *got) noexcept nogil

@@ -8,10 +8,11 @@ from libc.string cimport memchr, memset
 
 from kvcache._alloc cimport CacheCore
 from kvcache._copy cimport Copier, Sources
-from kvcache._ids cimport check_tokens, counts_array
+from kvcache._ids cimport counts_array, drop_ids, ids_t, read_step
 from kvcache._lock cimport kv_lock
 from kvcache._members cimport data_of, ints_of
 from kvcache._pool cimport (
+    BAD_COUNT,
     BUSY,
     GONE,
     HELD,
@@ -20,8 +21,10 @@ from kvcache._pool cimport (
     PAST_LIMIT,
     STALE,
     ceil_div,
+    free_blocks,
     handle_t,
     is_live,
+    keeps,
     last_block,
     overwrites_held,
     place_of,
@@ -29,7 +32,9 @@ from kvcache._pool cimport (
     sight_t,
     status_t,
     tail_is_kept,
+    waiting_blocks,
 )
+from kvcache._reuse cimport may_name, note_ids
 from kvcache._sequences cimport append, cut, mark_written, pool_unlock, ungrow
 from kvcache._sharing cimport may_copy, tail_is_shared, wish_t
 from kvcache._space cimport held, hot_t, seq_t
@@ -89,11 +94,17 @@ cdef class BatchCore(Members):
                 raise ValueError(f"{asked} tokens in one step, at most {most} can be asked for")
             each = ints_of(per_member)
             slots, positions = np.empty(asked, np.int32), np.empty(asked, np.int32)
-        if tokens is not None:
-            check_tokens(tokens, asked, self.size)
-        return self.take_step(each, np.empty(self.size, np.bool_), slots, positions)
+        if tokens is None:
+            return self.take_step(each, NULL, np.empty(self.size, np.bool_), slots, positions)
+        cdef ids_t ids
+        read_step(tokens, asked, self.size, &ids)
+        try:
+            return self.take_step(each, ids.data, np.empty(self.size, np.bool_), slots, positions)
+        finally:
+            drop_ids(&ids)
 
-    cdef object take_step(self, const int32_t *counts, object result, object slots, object positions):
+    cdef object take_step(self, const int32_t *counts, const int32_t *ids, object result, object slots,
+                          object positions):
         """Decides under the lock, then fills the arrays: a step that fails leaves those of the step before."""
         cdef CacheCore cache = self.cache
         cdef unsigned char *got = <unsigned char *>data_of(result)
@@ -113,6 +124,8 @@ cdef class BatchCore(Members):
             if status == OK:
                 self.slot, self.position, self.entries, self.uniform = slot, position, entries, counts == NULL
                 self.fill(counts, got)
+                if ids != NULL and keeps(&cache.pool):
+                    self.name_step(ids)
             pool_unlock(&cache.pool)
         if status != OK:
             self.answer(status)
@@ -154,7 +167,9 @@ cdef class BatchCore(Members):
                 self.take_back(index, counts, got)
                 pool.sight.refused = sight.refused
                 pool.spills = spills
-                if pool.moves == moves and pool.copied_tokens == copied:  # else others have to look again
+                if (pool.moves == moves and pool.copied_tokens == copied
+                        and pool.sight.reuse.for_room == sight.reuse.for_room
+                        and pool.sight.reuse.doubles == sight.reuse.doubles):  # else others have to look again
                     pool.sight, pool.changes = sight, changes
                 return status
         pool.changes += 1
@@ -191,7 +206,7 @@ cdef class BatchCore(Members):
         """Whether a paged step comes to a member that only held blocks could serve, or to a block of its own whose
         content is held: seen before the first copy."""
         cdef pool_t *pool = &self.cache.pool
-        cdef int64_t index, count, tokens, need, there = pool.space.blocks.free_blocks
+        cdef int64_t index, count, tokens, need, there = free_blocks(pool)
         cdef int32_t who
         cdef bint shared, needed = False
         for index in range(self.size if pool.paged else 0):
@@ -203,7 +218,7 @@ cdef class BatchCore(Members):
             need = ceil_div(tokens + count, pool.space.block_size) - held(&pool.space.seqs[who])
             shared = tail_is_shared(pool, who)
             need += shared
-            if tokens + count > pool.space.seqs[who].limit or need > there + pool.limbo_blocks:
+            if tokens + count > pool.space.seqs[who].limit or need > there + waiting_blocks(pool):
                 continue
             if need > there or tail_is_kept(pool, who) or self.copies_leave_more(who):
                 needed = True
@@ -291,6 +306,77 @@ cdef class BatchCore(Members):
             if self.cache.pool.space.seqs[<uint32_t>self.handles[index]].version != self.versions[index]:
                 self.look(index)
         self.seen_moves = self.cache.pool.moves
+
+    cdef void name_step(self, const int32_t *ids) noexcept nogil:
+        """Says which tokens those of the step are; `ids` has one for each that was asked for."""
+        cdef int64_t index, first, count
+        cdef int32_t position
+        for index in range(self.size):
+            first = self.first_of(index)
+            count = self.first_of(index + 1) - first
+            position = self.position[first] if count else -1
+            if position >= 0:
+                note_ids(&self.cache.pool, place_of(self.handles[index]), position, &ids[first], count)
+
+    def set_tokens(self, tokens):
+        """Names the tokens of the last append, for an engine that appends before it has read them.
+
+        Parameters
+        ----------
+        tokens : sequence of int
+            Ids, as many as were asked for, flat; those of refused members are ignored, and those after a token that
+            still has no name.
+
+        Raises
+        ------
+        UnknownSequence
+            A member has been freed.
+        ValueError
+            There is no step, a token of it has been cut off since, or has another name. Nothing has changed.
+        """
+        self.begin()
+        try:
+            self.name(tokens)
+        finally:
+            self.end()
+
+    cdef int name(self, object tokens) except -1:
+        cdef CacheCore cache = self.cache
+        cdef status_t status
+        cdef ids_t ids
+        if not self.stepped:
+            raise ValueError("nothing to name: the batch has had no append since it was made, changed or truncated")
+        read_step(tokens, self.entries, max(self.size, <int64_t>1), &ids)
+        try:
+            cache.before_waiting()
+            with nogil:
+                kv_lock(&cache.pool.lock)
+                status = self.may_name_step(ids.data)
+                if status == OK and keeps(&cache.pool):
+                    self.name_step(ids.data)
+                pool_unlock(&cache.pool)
+        finally:
+            drop_ids(&ids)
+        if status == GONE:
+            raise ValueError("a token of this step has been cut off since: nothing has been named")
+        if status == BAD_COUNT:
+            raise ValueError("a token of this step has another id already: nothing has been named")
+        self.answer(status)
+        return 0
+
+    cdef status_t may_name_step(self, const int32_t *ids) noexcept nogil:
+        cdef pool_t *pool = &self.cache.pool
+        cdef int64_t index, position, count
+        self.refresh()
+        if self.dead_member() >= 0:
+            return STALE
+        if self.gone():
+            return GONE
+        for index in range(self.size if keeps(pool) else 0):
+            position, count = self.written_by(index)
+            if not may_name(pool, place_of(self.handles[index]), position, &ids[self.first_of(index)], count):
+                return BAD_COUNT
+        return OK
 
     def truncate(self, counts):
         """Drops the last tokens of each member: `counts` is an int, or one per member. Ends the step.

@@ -55,6 +55,7 @@ cdef void take_lowest(blocks_t *blocks, int64_t count, int32_t *taken) noexcept 
 cdef void take_block(blocks_t *blocks, int64_t block) noexcept nogil
 
 cdef int64_t largest_free_run(const blocks_t *blocks) noexcept nogil
+cdef int64_t longest_run_of_bits(const blocks_t *blocks, const uint64_t *others) noexcept nogil
 cdef int64_t next_free(const blocks_t *blocks, int64_t start) noexcept nogil
 cdef str check_blocks(const blocks_t *blocks)
 cdef void draw_blocks(const blocks_t *blocks, char *cells) noexcept nogil

@@ -230,7 +230,7 @@ cdef int64_t largest_free_run(const blocks_t *blocks) noexcept nogil:
     if blocks.free_blocks == 0:
         return 0
     if blocks.cells == NULL:
-        return longest_run_of_bits(blocks)
+        return longest_run_of_bits(blocks, NULL)
     return blocks.cells[longest_gap(blocks)].length
 
 
@@ -247,11 +247,12 @@ cdef int64_t longest_gap(const blocks_t *blocks) noexcept nogil:
     return longest
 
 
-cdef int64_t longest_run_of_bits(const blocks_t *blocks) noexcept nogil:
+cdef int64_t longest_run_of_bits(const blocks_t *blocks, const uint64_t *others) noexcept nogil:
+    """Of blocks that are free, or, unless it is NULL, whose bit is set in `others`."""
     cdef int64_t word, inside, running = 0, longest = 0
     cdef uint64_t bits
     for word in range(blocks.num_words):
-        bits = blocks.words[word]
+        bits = blocks.words[word] | (others[word] if others != NULL else 0)
         if bits == ALL:
             running += 64
             continue

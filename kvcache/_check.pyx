@@ -4,8 +4,10 @@ from libc.stdint cimport int32_t, int64_t
 from libc.stdlib cimport calloc, free
 
 from kvcache._blocks cimport NOWHERE, block_is_free, cell_t, check_blocks
+from kvcache._index cimport check_index, entry_at, is_cached, is_pinned
+from kvcache._reuse cimport block_at
 from kvcache._space cimport growth_of, held, hot_t, seq_t
-from kvcache._pool cimport NUM_LATENCIES, pool_t, sight_t, slot_of, used_blocks
+from kvcache._pool cimport NUM_LATENCIES, keeps, pool_t, sight_t, slot_of, used_blocks
 
 
 cdef str check_pool(const pool_t *pool):
@@ -21,6 +23,8 @@ cdef str check_pool(const pool_t *pool):
     try:
         wrong = check_sequences(pool, holders, holders + num_blocks)
         wrong = check_holders(pool, holders, holders + num_blocks) if wrong is None else wrong
+        if wrong is None and keeps(pool):
+            wrong = check_index(&pool.index) or check_names(pool) or check_cached(pool, holders)
         return check_sight(pool) if wrong is None else wrong
     finally:
         free(holders)
@@ -52,8 +56,62 @@ cdef str check_sequences(const pool_t *pool, int32_t *holders, int32_t *writers)
         who = pool.space.seqs[who].next_vacant
     if vacant != pool.vacancies:
         return f"{vacant} places are listed as vacant, the count says {pool.vacancies}"
-    if vacant + live + further > pool.places:
-        return f"{vacant} vacant places, {live} live and {further} of further runs, the table has {pool.places}"
+    if vacant + live + further + pool.cached_runs > pool.places:
+        return (f"{vacant} vacant places, {live} live, {further} of further and {pool.cached_runs} of cached runs, "
+                f"the table has {pool.places}")
+    return None
+
+
+cdef str check_names(const pool_t *pool):
+    """What is known of live sequences, and that it is entered."""
+    cdef int64_t who, index
+    cdef int32_t entry, before
+    cdef const seq_t *seq
+    for who in range(pool.places):
+        seq = &pool.space.seqs[who]
+        if pool.space.hot[who].generation & 1 == 0:
+            continue
+        if seq.known > pool.space.hot[who].tokens or seq.indexed * pool.space.block_size > seq.known:
+            return (f"sequence {who} of {pool.space.hot[who].tokens} tokens knows {seq.known} of them, "
+                    f"and has {seq.indexed} blocks entered")
+        before = -1 - seq.salt
+        for index in range(seq.indexed):
+            entry = entry_at(&pool.index, block_at(pool, <int32_t>who, index))
+            if entry < 0 or pool.index.entries[entry].parent != before:
+                return f"block {index} of sequence {who} is entry {entry}, which does not follow entry {before}"
+            before = entry
+    return None
+
+
+cdef str check_cached(const pool_t *pool, const int32_t *holders):
+    """Blocks that nobody holds, in contiguous placement the runs that they are in."""
+    cdef int64_t block, who, runs = 0, in_runs = 0, pinned = 0
+    cdef const seq_t *run
+    for block in range(pool.space.blocks.num_blocks):
+        if is_cached(&pool.index, block) and (holders[block] or block_is_free(&pool.space.blocks, block)):
+            return f"block {block} is cached, and held by {holders[block]} sequences or free"
+        if entry_at(&pool.index, block) >= 0 and block_is_free(&pool.space.blocks, block):
+            return f"block {block} is free, and entry {entry_at(&pool.index, block)} is said to be there"
+    for who in range(0 if pool.paged else pool.places):
+        run = &pool.space.seqs[who]
+        if pool.space.hot[who].generation & 1 or run.head != who or run.blocks == 0:
+            continue
+        runs += 1
+        in_runs += run.blocks
+        for block in range(run.start, run.start + run.blocks):
+            pinned += is_pinned(&pool.index, block)
+            if not (is_cached(&pool.index, block) or is_pinned(&pool.index, block)):
+                return f"block {block} of cached run {who} is not cached"
+            if pool.space.blocks.cells[block].a != who:
+                return f"block {block} of cached run {who} is labelled {pool.space.blocks.cells[block].a}"
+            if block > run.start and (pool.index.entries[entry_at(&pool.index, block)].parent
+                                      != entry_at(&pool.index, block - 1)):
+                return f"block {block} of cached run {who} does not follow the block before it"
+    if runs != pool.cached_runs:
+        return f"{runs} runs are cached, the count says {pool.cached_runs}"
+    if not pool.paged and in_runs - pinned != pool.index.cached_blocks + pool.index.fresh_blocks:
+        return (f"cached runs have {in_runs} blocks, {pinned} of them pinned; "
+                f"{pool.index.cached_blocks} and {pool.index.fresh_blocks} are cached")
     return None
 
 
@@ -136,6 +194,7 @@ cdef str check_chain(const pool_t *pool, int64_t who):
 
 cdef str check_holders(const pool_t *pool, int32_t *holders, int32_t *writers):
     cdef int64_t block, index, taken = 0, limbo = 0, copies = 0
+    cdef bint pinned
     for index in range(pool.num_limbo):
         limbo += pool.limbo[index].length
         for block in range(pool.limbo[index].start, pool.limbo[index].start + pool.limbo[index].length):
@@ -148,19 +207,22 @@ cdef str check_holders(const pool_t *pool, int32_t *holders, int32_t *writers):
     if limbo != pool.limbo_blocks:
         return f"{limbo} blocks wait for holds to end, the count says {pool.limbo_blocks}"
     for block in range(pool.space.blocks.num_blocks):
-        if holders[block] == 0:
+        pinned = is_pinned(&pool.index, block)
+        if holders[block] == 0 and not pinned:
             continue
         taken += 1
         if holders[block] > 1 and not pool.paged:
             return f"block {block} is held by {holders[block]} sequences"
-        if pool.paged and pool.refs[block] != holders[block]:
-            return f"block {block} is held by {holders[block]} sequences, its count says {pool.refs[block]}"
-        if holders[block] > 1:
-            copies += min(writers[block], holders[block] - 1)
+        if pool.paged and pool.refs[block] != holders[block] + pinned:
+            return (f"block {block} is held by {holders[block]} sequences and {pinned} pins, "
+                    f"its count says {pool.refs[block]}")
+        if pool.paged and pool.refs[block] > 1:
+            copies += min(writers[block], pool.refs[block] - 1)
             if pool.writers[block] != writers[block]:
                 return f"block {block} has {writers[block]} writers, its count says {pool.writers[block]}"
-    if taken + limbo != used_blocks(pool):
-        return f"{taken} blocks are held and {limbo} wait for holds to end, {used_blocks(pool)} are not free"
+    if taken + limbo + pool.index.fresh_blocks != used_blocks(pool):
+        return (f"{taken} blocks are held, {limbo} and {pool.index.fresh_blocks} wait for holds to end, "
+                f"{used_blocks(pool)} are not free")
     if copies != pool.copies:
         return f"{copies} copies of shared blocks are outstanding, the count says {pool.copies}"
     if taken + pool.claims > pool.budget:

@@ -1,9 +1,10 @@
 """What every call into a cache needs."""
 
-from libc.stdint cimport int64_t
+from libc.stdint cimport int32_t, int64_t
 
 from kvcache._copy cimport Copier
-from kvcache._pool cimport handle_t, pool_t, status_t
+from kvcache._ids cimport ids_t
+from kvcache._pool cimport handle_t, pool_t, request_t, status_t
 
 
 cdef class Allocation:
@@ -23,6 +24,11 @@ cdef class Door:
     cdef int64_t arena_tokens
     cdef tuple watchers         # None, or callables that are told of room, outside the lock
     cdef bint untold            # freed by a finalizer under the lock, and the watchers have not been told yet
+    cdef object clock           # None: calls are counted
+    cdef dict salts             # (type, value) -> number, the last used last; as many as may have anything cached
+    cdef dict limited           # of those with a quota, for ever
+    cdef int32_t last_salt
+    cdef int64_t block_bytes
     cdef object __weakref__
 
     cdef Allocation find(self, object request_id)
@@ -36,7 +42,10 @@ cdef class Door:
     cdef bint answer(self, status_t status, object request_id) except -1
     cdef int tell(self, object about) except -1
     cdef int replace_watchers(self, tuple watchers) except -1
-    cdef int64_t tokens_of(self, object prompt) except -1
+    cdef int64_t tokens_of(self, object prompt, ids_t *ids) except -1
+    cdef double read_clock(self) except? -1
+    cdef int32_t salt_of(self, object salt) except -1
+    cdef int ask(self, request_t *request, object salt, object priority, object ttl) except -1
     cdef int64_t limit_for(self, int64_t tokens, object max_tokens, object max_new_tokens) except -1
     cdef int require_fitting(self, str what, object tokens, int64_t count) except -1
 

@@ -4,13 +4,17 @@ Nothing that could run Python happens under the allocator's lock, except in `che
 arena has to, which say so to the lock; and nobody waits for the lock while holding the GIL.
 """
 
+import os
+
 import cython
 
-from libc.stdint cimport INT64_MAX, int64_t
+from libc.math cimport NAN
+from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint64_t
+from libc.string cimport memcpy
 
-from kvcache._calls cimport pool_free
+from kvcache._calls cimport pool_free_at
 from kvcache._copy cimport copier_move
-from kvcache._ids cimport as_count, as_tokens, is_count
+from kvcache._ids cimport as_count, drop_ids, is_count, read_ids
 from kvcache._lock cimport kv_lock, kv_lock_is_mine, kv_lock_try
 from kvcache._pool cimport (
     CLOSED,
@@ -29,6 +33,7 @@ from kvcache._pool cimport (
     pool_init,
     status_t,
 )
+from kvcache._policy cimport LRU, policy_init
 from kvcache._sequences cimport defer_free, pool_unlock, retire
 
 from kvcache.errors import (
@@ -59,6 +64,14 @@ cdef extern from *:
     }
     """
     object find_in "kv_find_in" (dict where, object key)
+
+
+cdef enum:
+    MOST_PRIORITY = 1000000000
+
+cdef uint64_t[4] SEED  # of this process: which prompts collide cannot be known from outside
+cdef bytes entropy = os.urandom(sizeof(SEED))
+memcpy(SEED, <const char *>entropy, sizeof(SEED))
 
 
 # ---- what has been granted
@@ -122,18 +135,25 @@ cdef Allocation new_record(object request_id, int64_t tokens, int64_t limit):
 cdef class Door:
     """What `CacheCore` is made of first: the pool and its lock, the ids, and whoever watches."""
 
-    def __init__(self, num_blocks, block_size, *, paged, overcommit, num_marks, most_moved=None, copier=None):
+    def __init__(self, num_blocks, block_size, *, paged, overcommit, num_marks, most_moved=None, copier=None,
+                 order=LRU, clock=None, block_bytes=1):
         """`copier` moves the bytes (None: there are none); `num_marks` written prefixes are kept per sequence; one call
-        moves at most `most_moved` used tokens (None: as many as it takes).
+        moves at most `most_moved` used tokens (None: as many as it takes). Cached prefixes leave in this `order`
+        (None: none are kept), by this `clock` (None: calls are counted).
         """
         cdef double budget
         if self.opened:
             raise KVCacheError("a cache is made once: __init__ has been called before")
         budget = <double>overcommit * <double>num_blocks
         self.ids = {}
+        self.salts, self.limited = {}, {}
+        self.block_bytes = block_bytes
+        self.clock = clock
         self.arena_tokens = <int64_t>num_blocks * <int64_t>block_size
         if pool_init(&self.pool, num_blocks, block_size, paged,
-                     INT64_MAX >> 1 if budget >= 4e18 else <int64_t>(budget + 1e-9), num_marks):
+                     INT64_MAX >> 1 if budget >= 4e18 else <int64_t>(budget + 1e-9), num_marks,
+                     NULL if order is None else SEED) or (
+                         order is not None and policy_init(&self.pool.policy, order, num_blocks)):
             pool_destroy(&self.pool)
             raise MemoryError(f"no memory for the bookkeeping of {num_blocks} blocks")
         self.opened = True
@@ -185,15 +205,16 @@ cdef class Door:
         return record
 
     cdef int free_handle(self, handle_t handle) except -1:
+        cdef double when = self.read_clock()
         cdef status_t status
         if kv_lock_try(&self.pool.lock):
-            status = retire(&self.pool, handle)
+            status = retire(&self.pool, handle, when)
             pool_unlock(&self.pool)
         elif kv_lock_is_mine(&self.pool.lock):
             status = NO_MEMORY if defer_free(&self.pool, handle) else OK
         else:
             with nogil:
-                status = pool_free(&self.pool, handle)
+                status = pool_free_at(&self.pool, handle, when)
         if status == NO_MEMORY:
             raise MemoryError("no memory to give blocks back under a hold")
         return 0
@@ -276,16 +297,59 @@ cdef class Door:
 
     # -- what is asked for
 
-    cdef int64_t tokens_of(self, object prompt) except -1:
-        cdef int64_t tokens
+    cdef int64_t tokens_of(self, object prompt, ids_t *ids) except -1:
+        """Tokens of a prompt, whose ids are read; whoever calls drops them, unless this raises."""
+        ids.data, ids.own, ids.lent = NULL, NULL, False
         if is_count(prompt):
-            tokens = as_count(prompt, "prompt", 1)
-        else:
-            tokens = len(as_tokens(prompt))
-            if tokens == 0:
+            ids.count = as_count(prompt, "prompt", 1)
+            self.require_fitting("prompt", prompt, ids.count)
+            return ids.count
+        read_ids(prompt, ids)
+        try:
+            if ids.count == 0:
                 raise ValueError("a prompt needs at least 1 token, this one has none")
-        self.require_fitting("prompt", prompt, tokens)
-        return tokens
+            self.require_fitting("prompt", ids.count, ids.count)
+        except BaseException:
+            drop_ids(ids)
+            raise
+        return ids.count
+
+    cdef double read_clock(self) except? -1:
+        """The clock's time, not a number where calls are counted. Never under the lock: it is the user's."""
+        return NAN if self.clock is None else <double>self.clock()
+
+    cdef int32_t salt_of(self, object salt) except -1:
+        """The number of a salt. Equal are those of one type and value."""
+        cdef int64_t most = 2 * self.pool.space.blocks.num_blocks + 1024
+        if salt is None:
+            return 0
+        key = (type(salt), salt)
+        number = self.limited.get(key)
+        if number is None:
+            number = self.salts.pop(key, None)
+            if number is None:
+                self.lock_pool()
+                self.last_salt += 1
+                number = self.last_salt
+                pool_unlock(&self.pool)
+            number = self.salts.setdefault(key, number)
+        while len(self.salts) > most:  # more than there are blocks: the longest unused has nothing that is found
+            self.salts.pop(next(iter(self.salts)), None)
+        return number
+
+    cdef int ask(self, request_t *request, object salt, object priority, object ttl) except -1:
+        """What a request says beside its tokens."""
+        request.salt = self.salt_of(salt)
+        if type(priority) is not int or priority != 0:
+            request.priority = <int32_t>min(as_count(priority, "priority", -MOST_PRIORITY), MOST_PRIORITY)
+        if ttl is not None:
+            if isinstance(ttl, bool) or not hasattr(ttl, "__float__"):
+                raise TypeError(f"ttl must be a number, not {type(ttl).__name__}")
+            request.ttl = <double>ttl
+            if not request.ttl > 0:
+                raise ValueError(f"ttl must be more than 0, not {ttl}")
+        request.when = self.read_clock()
+        return 0
 
     cdef int64_t limit_for(self, int64_t tokens, object max_tokens, object max_new_tokens) except -1:
         cdef int64_t limit

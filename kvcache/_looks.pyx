@@ -5,9 +5,8 @@ import sys
 import numpy as np
 
 from cpython.bytearray cimport PyByteArray_AS_STRING
-from libc.stdint cimport int32_t, int64_t
+from libc.stdint cimport int32_t, int64_t, uint64_t
 
-from kvcache._blocks cimport draw_blocks, largest_free_run
 from kvcache._calls cimport wait_for_holds
 from kvcache._check cimport check_pool
 from kvcache._copy cimport Copier, Sources
@@ -21,6 +20,7 @@ from kvcache._pool cimport (
     OK,
     STALE,
     copy_table,
+    free_blocks,
     handle_t,
     held_blocks,
     is_live,
@@ -31,11 +31,12 @@ from kvcache._pool cimport (
     slot_of,
     status_t,
     used_blocks,
+    waiting_blocks,
 )
 from kvcache._runs cimport block_map_text, fragmentation_of
 from kvcache._sequences cimport mark_written, pool_unlock
 from kvcache._sharing cimport is_shared
-from kvcache._sight cimport draw_owners, forget_peaks
+from kvcache._sight cimport draw_free, draw_owners, forget_peaks, longest_free
 from kvcache._space cimport held
 from kvcache._writes cimport own_and_span, write_spans
 
@@ -209,7 +210,7 @@ cdef class Looks(Door):
         """Blocks that are free, or will be when the holds have ended, and blocks that may still be promised."""
         self.known()
         self.lock_pool()
-        cdef int64_t there = self.pool.space.blocks.free_blocks + self.pool.limbo_blocks
+        cdef int64_t there = free_blocks(&self.pool) + waiting_blocks(&self.pool)
         cdef int64_t unclaimed = self.pool.budget - held_blocks(&self.pool) - self.pool.claims
         pool_unlock(&self.pool)
         return there, unclaimed
@@ -227,22 +228,29 @@ cdef class Looks(Door):
         self.lock_pool()
         cdef sight_t sight = self.pool.sight
         cdef int64_t live = self.pool.space.live, used = used_blocks(&self.pool)
-        cdef int64_t there = self.pool.space.blocks.free_blocks
-        cdef int64_t longest = largest_free_run(&self.pool.space.blocks)
-        cdef int64_t claims = self.pool.claims, limbo = self.pool.limbo_blocks
+        cdef int64_t there = free_blocks(&self.pool)
+        cdef int64_t longest = longest_free(&self.pool)
+        cdef int64_t claims = self.pool.claims, limbo = waiting_blocks(&self.pool)
+        cdef int64_t pinned = self.pool.index.pinned_blocks
+        cdef int64_t cached = self.pool.index.cached_blocks, moved_cached = self.pool.moved_cached
         cdef int64_t moves = self.pool.moves, moved = self.pool.moved_tokens, copied = self.pool.copied_tokens
         cdef int64_t spills = self.pool.spills, heals = self.pool.heals, pause = self.pool.longest_pause
         pool_unlock(&self.pool)
         cdef int64_t bucket
         sight.latencies[0] += sight.admissions - sight.num_timed
         return (
-            live, used + there, used, there, 0, claims, longest, fragmentation_of(longest, there),
+            live, used + there, used, there, cached, pinned, claims, longest, fragmentation_of(longest, there),
             used * block_bytes, there * block_bytes, (used + there) * block_bytes,
             max(sight.past.used, sight.peak.used),
-            moves, moved, moved * token_bytes, copied, spills, heals, pause, arena_copies,
+            moves, moved, moved * token_bytes, copied, moved_cached, sight.reuse.revived_tokens,
+            sight.reuse.for_room + sight.reuse.for_quota + sight.reuse.doubles + sight.reuse.cleared,
+            spills, heals, pause, arena_copies,
             limbo, max(sight.past.live, sight.peak.live), max(sight.past.claims, sight.peak.claims),
             sight.peak.used, sight.peak.live, sight.peak.claims, sight.admissions, sight.frees,
             sight.refused.arena_full, sight.refused.promises, sight.refused.growth, sight.refused.past_limit,
+            sight.reuse.queries, sight.reuse.query_tokens, sight.reuse.hit_tokens, sight.reuse.cold,
+            sight.reuse.evicted, sight.reuse.salted, sight.reuse.partial, sight.reuse.disabled,
+            sight.reuse.for_room, sight.reuse.for_quota, sight.reuse.doubles, sight.reuse.cleared,
             tuple([sight.latencies[bucket] for bucket in range(NUM_LATENCIES)]), <double>sight.nanoseconds * 1e-9,
             memory[0], memory[1], memory[2],
         )
@@ -253,6 +261,10 @@ cdef class Looks(Door):
         self.lock_pool()
         forget_peaks(&self.pool)
         pool_unlock(&self.pool)
+
+    def _weaken_hash(self, int bits):
+        """For tests, on an empty cache: a hash of so many bits."""
+        self.pool.index.hash_mask = (<uint64_t>1 << bits) - 1
 
     def _owners(self):
         """Who holds each block, as an int32 array in the terms of `kvcache.block_map`."""
@@ -268,15 +280,15 @@ cdef class Looks(Door):
     def free_blocks(self):
         """Blocks that nobody holds."""
         self.known()
-        return self.pool.space.blocks.free_blocks
+        return free_blocks(&self.pool)
 
     @property
     def fragmentation(self):
         """``1 - largest_free_run / free_blocks``; 0.0 when nothing is free."""
         self.known()
         self.lock_pool()
-        cdef int64_t there = self.pool.space.blocks.free_blocks
-        cdef int64_t longest = largest_free_run(&self.pool.space.blocks)
+        cdef int64_t there = free_blocks(&self.pool)
+        cdef int64_t longest = longest_free(&self.pool)
         pool_unlock(&self.pool)
         return fragmentation_of(longest, there)
 
@@ -291,9 +303,9 @@ cdef class Looks(Door):
         self.known()
         cdef bytearray cells = bytearray(self.pool.space.blocks.num_blocks)
         self.lock_pool()
-        cdef int64_t there = self.pool.space.blocks.free_blocks
-        cdef int64_t longest = largest_free_run(&self.pool.space.blocks)
-        draw_blocks(&self.pool.space.blocks, PyByteArray_AS_STRING(cells))
+        cdef int64_t there = free_blocks(&self.pool)
+        cdef int64_t longest = longest_free(&self.pool)
+        draw_free(&self.pool, PyByteArray_AS_STRING(cells))
         pool_unlock(&self.pool)
         print(block_map_text(cells, columns, there, longest), file=sys.stdout if file is None else file)
 

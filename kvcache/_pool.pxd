@@ -2,8 +2,10 @@
 
 from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint32_t, uint64_t, uintptr_t
 
+from kvcache._index cimport index_t
 from kvcache._lock cimport kv_lock_t
 from kvcache._moves cimport move_f, move_t, span_t
+from kvcache._policy cimport policy_t
 from kvcache._space cimport held, hot_t, seq_t, space_t
 
 ctypedef uint64_t handle_t  # generation << 32 | place; 0 is never live
@@ -52,6 +54,21 @@ ctypedef struct refusals_t:
     int64_t growth          # appends within the limit that found no block
     int64_t past_limit      # appends beyond it
 
+ctypedef struct reuse_t:    # what came of prompts whose ids were given
+    int64_t queries         # admitted
+    int64_t query_tokens
+    int64_t hit_tokens
+    int64_t revived_tokens  # of these: in a run that was continued where it was
+    int64_t cold            # queries that found less than there could be, by why: the block had never been there
+    int64_t evicted         # it had been there
+    int64_t salted          # nothing is known under this salt
+    int64_t partial         # no whole block was left to look for
+    int64_t disabled        # nothing is kept
+    int64_t for_room        # blocks evicted since their memory was needed
+    int64_t for_quota       # since their salt had too many
+    int64_t doubles         # since another block has their content
+    int64_t cleared         # since somebody said so
+
 ctypedef struct sight_t:
     peaks_t peak            # since they were last forgotten; up to `frees`, what every admission touches
     int64_t admissions      # sequences that began, forks included
@@ -61,6 +78,18 @@ ctypedef struct sight_t:
     int64_t num_timed       # admissions that waited, moved or were asked for without the GIL; the others read no clock
     int64_t nanoseconds     # that these took
     int64_t latencies[NUM_LATENCIES]  # of these
+    reuse_t reuse
+
+ctypedef struct request_t:  # for whom admission is asked
+    int64_t tokens          # of the prompt
+    int64_t limit           # in total
+    const int32_t *ids      # [tokens] of the prompt; NULL: only counted
+    int32_t salt
+    int64_t keep            # blocks that must stay free beside it
+    int32_t priority
+    double ttl              # how long the priority holds, in units of the clock; infinite: for ever
+    double when             # the clock's time; not a number: calls are counted
+    int64_t cached          # answer: leading tokens whose K/V are in place
 
 ctypedef struct pool_t:
     kv_lock_t lock
@@ -75,6 +104,16 @@ ctypedef struct pool_t:
     int64_t places          # entries of space.hot and space.seqs
     int32_t vacant          # first vacant place, NOWHERE for none
     int64_t vacancies       # how many there are
+    index_t index           # which tokens are where; all NULL: nothing is kept
+    policy_t policy
+    int32_t *found          # [2 * found_capacity] entries that a prompt hits, then the blocks to copy from
+    int64_t found_capacity
+    int64_t cached_runs     # contiguous: runs that nobody holds; each has a place in the two tables
+    int32_t first_double    # of these: those that begin with what is elsewhere too, the oldest first; NOWHERE for none
+    int32_t last_double
+    extent_t *lately        # blocks that became cached under a hold
+    int64_t num_lately
+    int64_t lately_capacity
     int64_t num_marks       # written prefixes that a sequence has (one per layer)
     int32_t *marks          # [places * num_marks] tokens written, from the first on
     extent_t *written       # [places * num_marks] from the first token ever written to the last, for holds
@@ -102,6 +141,7 @@ ctypedef struct pool_t:
     int64_t moves
     int64_t moved_tokens
     int64_t copied_tokens
+    int64_t moved_cached    # tokens of cached runs that were moved
     int64_t most_moved      # used tokens that one call may move; negative: no bound
     int64_t pause           # used tokens that the call in hand has moved
     int64_t longest_pause   # the most that one call has moved
@@ -137,8 +177,20 @@ cdef inline int32_t last_block(const pool_t *pool, int32_t who) noexcept nogil:
     seq = &pool.space.seqs[seq.last_run]
     return seq.start + seq.blocks - 1
 
+cdef inline bint keeps(const pool_t *pool) noexcept nogil:
+    """Whether prefixes are kept at all."""
+    return pool.index.entries != NULL
+
+cdef inline int64_t free_blocks(const pool_t *pool) noexcept nogil:
+    """Blocks that may be had now: those of nobody, and the cached ones."""
+    return pool.space.blocks.free_blocks + pool.index.cached_blocks
+
+cdef inline int64_t waiting_blocks(const pool_t *pool) noexcept nogil:
+    """Blocks that may be had when the last hold ends."""
+    return pool.limbo_blocks + pool.index.fresh_blocks
+
 cdef inline int64_t used_blocks(const pool_t *pool) noexcept nogil:
-    return pool.space.blocks.num_blocks - pool.space.blocks.free_blocks
+    return pool.space.blocks.num_blocks - free_blocks(pool)
 
 cdef inline int64_t ceil_div(int64_t value, int64_t divisor) noexcept nogil:
     return (value + divisor - 1) // divisor
@@ -147,17 +199,17 @@ cdef inline int64_t arena_tokens(const pool_t *pool) noexcept nogil:
     return pool.space.blocks.num_blocks * pool.space.block_size
 
 cdef inline int64_t held_blocks(const pool_t *pool) noexcept nogil:
-    return used_blocks(pool) - pool.limbo_blocks
+    return used_blocks(pool) - waiting_blocks(pool)
 
 cdef inline bint over_budget(const pool_t *pool, int64_t more) noexcept nogil:
     """Whether `more` blocks, held or claimed, are more than may be promised."""
     return more > pool.budget - held_blocks(pool) - pool.claims
 
 cdef inline status_t find_room(const pool_t *pool, int64_t blocks) noexcept nogil:
-    cdef int64_t there = pool.space.blocks.free_blocks
+    cdef int64_t there = free_blocks(pool)
     if blocks <= there:
         return OK
-    return HELD if blocks <= there + pool.limbo_blocks else NO_ROOM
+    return HELD if blocks <= there + waiting_blocks(pool) else NO_ROOM
 
 cdef inline int64_t may_move(const pool_t *pool) noexcept nogil:
     """Used tokens that the call in hand may still move."""
@@ -176,14 +228,14 @@ cdef inline void note_peak(pool_t *pool) noexcept nogil:
 
 cdef inline status_t refuse(pool_t *pool, int64_t blocks) noexcept nogil:
     """Counts a refusal of so many blocks by its cause."""
-    if blocks > pool.space.blocks.free_blocks + pool.limbo_blocks:
+    if blocks > free_blocks(pool) + waiting_blocks(pool):
         pool.sight.refused.arena_full += 1
     else:
         pool.sight.refused.promises += 1
     return NO_ROOM
 
 cdef int pool_init(pool_t *pool, int64_t num_blocks, int64_t block_size, bint paged, int64_t budget,
-                   int64_t num_marks) noexcept nogil
+                   int64_t num_marks, const uint64_t *seed) noexcept nogil
 cdef void pool_destroy(pool_t *pool) noexcept nogil
 cdef status_t move_bytes(pool_t *pool, const move_t *moves, int64_t count) noexcept nogil
 cdef int add_places(pool_t *pool) noexcept nogil
@@ -192,6 +244,12 @@ cdef int reserve_table(seq_t *seq, int64_t entries) noexcept nogil
 cdef int32_t take_place(pool_t *pool) noexcept nogil
 cdef void vacate(pool_t *pool, int32_t who) noexcept nogil
 cdef handle_t enter(pool_t *pool, int64_t tokens, int64_t limit) noexcept nogil
+cdef handle_t enter_at(pool_t *pool, int32_t who, int64_t tokens, int64_t limit) noexcept nogil
+cdef void end_run(pool_t *pool, int32_t who) noexcept nogil
+cdef int reserve_found(pool_t *pool, int64_t blocks) noexcept nogil
+cdef int reserve_lately(pool_t *pool, int64_t entries) noexcept nogil
+cdef int reserve_limbo(pool_t *pool, int64_t entries) noexcept nogil
+cdef void note_lately(pool_t *pool, int64_t start, int64_t length) noexcept nogil
 cdef void leave(pool_t *pool, int32_t who) noexcept nogil
 cdef void refresh(pool_t *pool, int32_t who) noexcept nogil
 cdef void copy_table(const pool_t *pool, int32_t who, int64_t count, int32_t *table) noexcept nogil

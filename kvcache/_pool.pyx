@@ -1,17 +1,20 @@
 """The pool: places in the table, blocks that nobody holds, bytes that move."""
 
-from libc.stdint cimport UINT32_MAX, int32_t, int64_t, uintptr_t
+from libc.stdint cimport UINT32_MAX, int32_t, int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, realloc
-from libc.string cimport memset
+from libc.string cimport memmove, memset
 
 from kvcache._blocks cimport NOWHERE, blocks_destroy, blocks_init, give_run, mark_free
+from kvcache._index cimport entry_at, forget_block, index_destroy, index_init, settle_block
 from kvcache._lock cimport kv_lock_destroy, kv_lock_init, kv_lock_runs_python, kv_lock_wake, kv_thread
 from kvcache._moves cimport move_t
+from kvcache._policy cimport policy_destroy
 from kvcache._space cimport hot_t, plan_destroy, plan_reserve, seq_t
 
 
 cdef int pool_init(pool_t *pool, int64_t num_blocks, int64_t block_size, bint paged, int64_t budget,
-                   int64_t num_marks) noexcept nogil:
+                   int64_t num_marks, const uint64_t *seed) noexcept nogil:
+    """`seed` of the hash of prefixes; NULL: none are kept."""
     memset(pool, 0, sizeof(pool_t))
     pool.space.block_size = block_size
     pool.paged = paged
@@ -19,7 +22,10 @@ cdef int pool_init(pool_t *pool, int64_t num_blocks, int64_t block_size, bint pa
     pool.num_marks = num_marks
     pool.vacant = NOWHERE
     pool.most_moved = -1
+    pool.first_double = pool.last_double = NOWHERE
     if kv_lock_init(&pool.lock) or blocks_init(&pool.space.blocks, num_blocks, not paged):
+        return -1
+    if seed != NULL and index_init(&pool.index, num_blocks, block_size, seed):
         return -1
     if paged:
         pool.refs = <int32_t *>calloc(num_blocks, sizeof(int32_t))
@@ -41,6 +47,10 @@ cdef void pool_destroy(pool_t *pool) noexcept nogil:
     free(pool.writers)
     free(pool.marks)
     free(pool.written)
+    index_destroy(&pool.index)
+    policy_destroy(&pool.policy)
+    free(pool.found)
+    free(pool.lately)
     free(pool.limbo)
     free(pool.kept)
     free(pool.spans.items)
@@ -50,13 +60,19 @@ cdef void pool_destroy(pool_t *pool) noexcept nogil:
 
 
 cdef status_t move_bytes(pool_t *pool, const move_t *moves, int64_t count) noexcept nogil:
-    cdef int failed
-    if pool.move == NULL or count == 0:
-        return OK
-    kv_lock_runs_python(&pool.lock, True)  # the arena may have to
-    failed = pool.move(pool.arena, moves, count)
-    kv_lock_runs_python(&pool.lock, False)
-    return MOVE_FAILED if failed else OK
+    """Has the arena move K/V; the token ids go with them."""
+    cdef int failed = 0
+    cdef int64_t index, width = pool.space.block_size
+    if count and pool.move != NULL:
+        kv_lock_runs_python(&pool.lock, True)  # the arena may have to
+        failed = pool.move(pool.arena, moves, count)
+        kv_lock_runs_python(&pool.lock, False)
+    if failed:
+        return MOVE_FAILED
+    for index in range(count if pool.space.traced else 0):
+        memmove(&pool.index.ids[moves[index].destination * width], &pool.index.ids[moves[index].source * width],
+                moves[index].blocks * width * sizeof(int32_t))
+    return OK
 
 
 # ---- places in the table
@@ -138,12 +154,17 @@ cdef void vacate(pool_t *pool, int32_t who) noexcept nogil:
 
 cdef handle_t enter(pool_t *pool, int64_t tokens, int64_t limit) noexcept nogil:
     """Makes the next place live, with no block yet; its handle."""
-    cdef int32_t who = take_place(pool)
+    return enter_at(pool, take_place(pool), tokens, limit)
+
+
+cdef handle_t enter_at(pool_t *pool, int32_t who, int64_t tokens, int64_t limit) noexcept nogil:
+    """A place that is taken lives: with the blocks that it has."""
     cdef hot_t *hot = &pool.space.hot[who]
     cdef seq_t *seq = &pool.space.seqs[who]
     hot.generation += 1
     hot.tokens = <int32_t>tokens
     seq.limit = <int32_t>limit
+    seq.known = seq.indexed = seq.salt = seq.priority = 0
     memset(&pool.marks[who * pool.num_marks], 0, pool.num_marks * sizeof(int32_t))
     memset(&pool.written[who * pool.num_marks], 0, pool.num_marks * sizeof(extent_t))
     pool.space.live += 1
@@ -153,6 +174,12 @@ cdef handle_t enter(pool_t *pool, int64_t tokens, int64_t limit) noexcept nogil:
 cdef void leave(pool_t *pool, int32_t who) noexcept nogil:
     pool.space.hot[who].generation += 1
     pool.space.live -= 1
+    end_run(pool, who)
+
+
+cdef void end_run(pool_t *pool, int32_t who) noexcept nogil:
+    """A place that does not live has no run any more."""
+    pool.space.seqs[who].blocks = 0
     if pool.space.hot[who].generation >= UINT32_MAX - 1:
         return  # worn out: a handle that comes round again would be somebody else's
     vacate(pool, who)
@@ -173,6 +200,8 @@ cdef void refresh(pool_t *pool, int32_t who) noexcept nogil:
         hot.soft = hot.tokens  # the block is copied, or a hold waited for, before anything is appended to it
     else:
         hot.soft = <int32_t>min(<int64_t>seq.limit, held(seq) * size)
+        if pool.space.traced and hot.tokens < hot.soft and entry_at(&pool.index, tail) >= 0:
+            forget_block(&pool.index, tail)  # it has been cut, and what follows is written over what it had
 
 
 cdef int64_t slot_in_runs(const pool_t *pool, int32_t who, int64_t position) noexcept nogil:
@@ -224,9 +253,20 @@ cdef void give_back(pool_t *pool, int64_t start, int64_t length) noexcept nogil:
         give_run(&pool.space.blocks, start, length)
 
 
+cdef void note_lately(pool_t *pool, int64_t start, int64_t length) noexcept nogil:
+    """Under a hold: blocks that have become cached; room for the entry has been reserved."""
+    pool.lately[pool.num_lately] = extent_t(start=<int32_t>start, length=<int32_t>length)
+    pool.num_lately += 1
+
+
 cdef void end_of_holds(pool_t *pool) noexcept nogil:
     """What was freed under the holds is free."""
-    cdef int64_t index
+    cdef int64_t index, block
+    for index in range(pool.num_lately):
+        for block in range(pool.lately[index].start, pool.lately[index].start + pool.lately[index].length):
+            settle_block(&pool.index, block)
+    pool.changes += pool.num_lately > 0
+    pool.num_lately = 0
     for index in range(pool.num_limbo):
         give_back(pool, pool.limbo[index].start, pool.limbo[index].length)
     if pool.num_limbo:
@@ -267,7 +307,31 @@ cdef int reserve_for_holds(pool_t *pool, int64_t blocks) noexcept nogil:
         return -1
     if not pool.paged:
         blocks = min(blocks, pool.space.further + 1)  # a run is one entry
-    return reserve_extents(&pool.limbo, &pool.limbo_capacity, pool.num_limbo + blocks)
+    if keeps(pool) and reserve_lately(pool, blocks):
+        return -1
+    return reserve_limbo(pool, blocks)
+
+
+cdef int reserve_found(pool_t *pool, int64_t blocks) noexcept nogil:
+    """Room for the entries that so many blocks of a prompt hit."""
+    cdef void *found
+    if blocks <= pool.found_capacity:
+        return 0
+    blocks = max(blocks, 2 * pool.found_capacity)
+    found = realloc(pool.found, 2 * blocks * sizeof(int32_t))
+    if found == NULL:
+        return -1
+    pool.found = <int32_t *>found
+    pool.found_capacity = blocks
+    return 0
+
+
+cdef int reserve_lately(pool_t *pool, int64_t entries) noexcept nogil:
+    return reserve_extents(&pool.lately, &pool.lately_capacity, pool.num_lately + entries)
+
+
+cdef int reserve_limbo(pool_t *pool, int64_t entries) noexcept nogil:
+    return reserve_extents(&pool.limbo, &pool.limbo_capacity, pool.num_limbo + entries)
 
 
 cdef int reserve_extents(extent_t **extents, int64_t *capacity, int64_t entries) noexcept nogil:

@@ -11,8 +11,10 @@ from kvcache._moves cimport move_t
 from kvcache._placement cimport place_in_gap
 from kvcache._pool cimport NO_MEMORY, add_places, give_back, move_bytes, pool_t, status_t, take_place, vacate
 from kvcache._space cimport (
+    end_of,
     gap_before,
     held,
+    own_ends,
     own_run,
     plan_clear,
     plan_move,
@@ -28,7 +30,7 @@ from kvcache._space cimport (
 
 cdef int reserve_runs(pool_t *pool, int64_t blocks) noexcept nogil:
     """Vacant places for the runs that so many blocks may come to be, and one more."""
-    cdef int64_t gaps = pool.space.live + pool.space.further + pool.num_limbo + 1  # at most
+    cdef int64_t gaps = pool.space.live + pool.space.further + pool.cached_runs + pool.num_limbo + 1  # at most
     while pool.vacancies <= min(blocks, gaps):
         if add_places(pool):
             return -1
@@ -87,7 +89,15 @@ cdef void extend_last(pool_t *pool, int32_t who, int64_t more) noexcept nogil:
         last.blocks += <int32_t>more
         if seq.last_run != who:
             seq.further += <int32_t>more
-        own_run(&pool.space, seq.last_run)
+        label_end(pool, seq.last_run, more)
+
+
+cdef inline void label_end(pool_t *pool, int32_t run, int64_t more) noexcept nogil:
+    """A run has `more` blocks at its end."""
+    cdef int64_t end = end_of(&pool.space.seqs[run]), block
+    for block in range(end - more, end if pool.space.traced else 0):
+        pool.space.blocks.cells[block].a = run
+    own_ends(&pool.space, run)
 
 
 cdef inline void let_go(pool_t *pool, int64_t start, int64_t blocks, bint unseen) noexcept nogil:
@@ -108,7 +118,7 @@ cdef void drop_runs(pool_t *pool, int32_t who, int64_t keep, bint unseen) noexce
     let_go(pool, last.start + keep - last.before, last.blocks - (keep - last.before), unseen)
     last.blocks = <int32_t>(keep - last.before)
     if last.blocks:
-        own_run(&pool.space, run)
+        own_ends(&pool.space, run)
     after = last.next_run
     last.next_run = NOWHERE
     seq.last_run = run

@@ -4,13 +4,17 @@ Every change computes what it needs, refuses if that is not there, has the arena
 the books; so a refusal, or an arena that fails, leaves everything as it was.
 """
 
+from libc.math cimport NAN
 from libc.stdint cimport int32_t, int64_t
 from libc.stdlib cimport realloc
 from libc.string cimport memcpy
 
 from kvcache._blocks cimport NOWHERE, block_is_free, mark_free, take_block, take_lowest
+from kvcache._evict cimport evict_some, keep_quota, keep_quotas, make_clean
+from kvcache._index cimport move_blocks
 from kvcache._lock cimport kv_unlock
 from kvcache._moves cimport move_t
+from kvcache._policy cimport read_clock
 from kvcache._placement cimport place_by_sliding, place_growth, place_in_gap
 from kvcache._pool cimport (
     BELOW_USED,
@@ -27,9 +31,11 @@ from kvcache._pool cimport (
     enter,
     extent_t,
     find_room,
+    free_blocks,
     handle_t,
     is_live,
     keep_content,
+    keeps,
     leave,
     may_move,
     move_bytes,
@@ -47,6 +53,7 @@ from kvcache._pool cimport (
     status_t,
     tail_is_kept,
 )
+from kvcache._reuse cimport cuts_pin, disown, index_more, index_twin, leave_runs, share_names, unindex, worth_keeping
 from kvcache._scatter cimport (
     copy_to_runs,
     drop_runs,
@@ -70,7 +77,22 @@ from kvcache._sharing cimport (
     share_blocks,
     tail_is_shared,
 )
-from kvcache._space cimport growth_of, held, hot_t, plan_reserve, plan_t, room_after, seq_t, settle
+from kvcache._space cimport (
+    growth_of,
+    held,
+    hot_t,
+    plan_reserve,
+    plan_t,
+    room_after,
+    run_tokens,
+    seq_t,
+    settle,
+)
+
+cdef enum:
+    CHEAP = 256            # used tokens that are moved before more than is needed is evicted, or the run's own
+    ROOM_TO_GROW = 8       # blocks that cached ones make free beside a newcomer that may ask for them
+    EVICTED_TO_GROW = 64   # cached blocks that at most make way, for each that a sequence grows by
 
 
 cdef void do_deferred(pool_t *pool) noexcept nogil:
@@ -78,9 +100,10 @@ cdef void do_deferred(pool_t *pool) noexcept nogil:
     while pool.deferred_releases:
         pool.deferred_releases -= 1
         release_mine(pool)
+        keep_quotas(pool)
     while pool.num_deferred:
         pool.num_deferred -= 1
-        retire(pool, pool.deferred[pool.num_deferred])
+        retire(pool, pool.deferred[pool.num_deferred], NAN)
 
 
 cdef void pool_unlock(pool_t *pool) noexcept nogil:
@@ -103,11 +126,26 @@ cdef int defer_free(pool_t *pool, handle_t handle) noexcept nogil:
 
 
 cdef status_t plan_run(pool_t *pool, int64_t blocks, int64_t growth, bint patient) noexcept nogil:
-    """Plans a new run, by moves if it must; so many blocks are free. NO_RUN: the bound on moves does not allow it."""
+    """Plans a new run, by moves if it must; so many blocks are free. NO_RUN: the bound on moves does not allow it.
+
+    Cached blocks make room for it, and for some of what it will grow to. Where that leaves no gap that fits, more of
+    them do, as long as moving is not cheap.
+    """
+    cdef int64_t step = max(blocks >> 2, <int64_t>1), most = 4 * blocks
+    cdef int64_t cheap = min(may_move(pool), max(blocks * pool.space.block_size, <int64_t>CHEAP))
     cdef status_t status
+    make_clean(pool, min(blocks + min(growth, <int64_t>ROOM_TO_GROW), free_blocks(pool)))
     if place_in_gap(&pool.space, blocks, growth):
         return OK
     status = may_plan(pool, patient)
+    while pool.index.cached_blocks and most > 0 and status != BUSY:
+        if status == OK and place_by_sliding(&pool.space, blocks, growth, cheap):
+            return OK
+        evict_some(pool, step)
+        if place_in_gap(&pool.space, blocks, growth):
+            return OK
+        most -= step
+        step *= 2
     if status == OK and not place_by_sliding(&pool.space, blocks, growth, may_move(pool)):
         return NO_RUN
     return status
@@ -134,9 +172,9 @@ cdef void enter_moves(pool_t *pool) noexcept nogil:
     cdef plan_t *plan = &pool.space.plan
     cdef int64_t index
     cdef int32_t head, joined = NOWHERE
+    for index in range(plan.count):
+        note_move(pool, plan.who[index], &plan.moves[index])
     settle(&pool.space)
-    pool.moves += plan.count
-    pool.moved_tokens += plan.tokens
     pool.pause += plan.tokens
     pool.longest_pause = max(pool.longest_pause, pool.pause)
     for index in range(plan.count if pool.space.further else 0):
@@ -146,40 +184,14 @@ cdef void enter_moves(pool_t *pool) noexcept nogil:
             joined = head
 
 
-# ---- admission
-
-cdef status_t admit(pool_t *pool, int64_t tokens, int64_t limit, bint patient, handle_t *handle) noexcept nogil:
-    cdef int64_t size = pool.space.block_size
-    cdef int64_t blocks = ceil_div(tokens, size)
-    cdef int64_t claim = ceil_div(limit, size) - blocks
-    cdef status_t status
-    cdef int32_t who
-    if over_budget(pool, blocks + claim):
-        return refuse(pool, blocks)
-    status = find_room(pool, blocks)
-    if status != OK:
-        return refuse(pool, blocks) if status == NO_ROOM else status
-    who = next_place(pool, blocks)
-    if who == NOWHERE:
-        return NO_MEMORY
-    if not pool.paged:
-        status = make_run(pool, blocks, claim, patient)
-        if status != OK and status != NO_RUN:
-            return status
-    who = pool.vacant
-    handle[0] = enter(pool, tokens, limit)
-    if pool.paged:
-        take_blocks(pool, who, blocks)
-    elif status == NO_RUN:
-        scatter(pool, who, blocks, claim)
+cdef inline void note_move(pool_t *pool, int32_t run, const move_t *move) noexcept nogil:
+    if pool.space.traced:
+        move_blocks(&pool.index, move.source, move.destination, move.blocks)
+    if pool.space.hot[pool.space.seqs[run].head].generation & 1:
+        pool.moves += 1
+        pool.moved_tokens += run_tokens(&pool.space, run)
     else:
-        take_planned(pool, who, blocks)
-    pool.claims += claim
-    refresh(pool, who)
-    note_peak(pool)
-    pool.sight.admissions += 1
-    pool.changes += 1
-    return OK
+        pool.moved_cached += run_tokens(&pool.space, run)
 
 
 cdef status_t make_run(pool_t *pool, int64_t blocks, int64_t growth, bint patient) noexcept nogil:
@@ -211,17 +223,25 @@ cdef void take_blocks(pool_t *pool, int32_t who, int64_t count) noexcept nogil:
     seq.breaks += breaks_in(seq, seq.blocks - count, seq.blocks)
 
 
-cdef status_t retire(pool_t *pool, handle_t handle) noexcept nogil:
+cdef status_t retire(pool_t *pool, handle_t handle, double when) noexcept nogil:
+    """Ends a sequence, at that time of the clock; what is found of it stays as long as nobody needs the memory."""
     cdef int32_t who = place_of(handle)
     cdef seq_t *seq
+    cdef int64_t keep
     if not is_live(pool, handle):
         return STALE
     seq = &pool.space.seqs[who]
     if reserve_for_holds(pool, held(seq)):
         return NO_MEMORY
+    read_clock(&pool.policy, when)
     pool.claims -= growth_of(&pool.space, seq)
-    drop_tail(pool, who, 0)
-    leave(pool, who)
+    keep = worth_keeping(pool, who) if keeps(pool) and not pool.paged else 0
+    drop_tail(pool, who, keep)
+    if keep:
+        leave_runs(pool, who, keep)
+    else:
+        leave(pool, who)
+    keep_quota(pool, pool.space.seqs[who].salt)
     pool.sight.frees += 1
     pool.changes += 1
     return OK
@@ -306,15 +326,12 @@ cdef status_t first_run(pool_t *pool, int32_t who, int64_t blocks, bint patient)
 
 cdef status_t make_room(pool_t *pool, int32_t who, int64_t more, bint patient) noexcept nogil:
     """Blocks after the last one by moving what is cheapest, else, within the bound on moves, somewhere else."""
-    cdef bint scattered = pool.space.seqs[who].breaks > 0, planned = False
+    cdef bint scattered = pool.space.seqs[who].breaks > 0
     cdef status_t status = may_plan(pool, patient)
     if status == BUSY or (status == HELD and not scattered):
         return status
-    if status == OK and scattered:
-        planned = plan_heal(&pool.space, who, more, may_move(pool))
-    elif status == OK:
-        planned = place_growth(&pool.space, who, more, may_move(pool))
-    if planned:
+    make_clean(pool, more)
+    if status == OK and plan_room(pool, who, more):
         status = carry_out(pool)
         if status != OK:
             return status
@@ -325,6 +342,29 @@ cdef status_t make_room(pool_t *pool, int32_t who, int64_t more, bint patient) n
         return NO_MEMORY
     scatter(pool, who, more, growth_of(&pool.space, &pool.space.seqs[who]) - more)
     return OK
+
+
+cdef bint plan_room(pool_t *pool, int32_t who, int64_t more) noexcept nogil:
+    """Plans what is cheapest to move, evicting more cached blocks as long as nothing is cheap; False: nothing moves."""
+    cdef int64_t step = more, most = EVICTED_TO_GROW * more
+    cdef int64_t cheap = min(may_move(pool), max(<int64_t>pool.space.hot[who].tokens, <int64_t>CHEAP))
+    while pool.index.cached_blocks and most > 0:
+        if room_after_last(pool, who) >= more and pool.space.seqs[who].breaks == 0:
+            return False
+        if plan_moves(pool, who, more, cheap):
+            return True
+        evict_some(pool, step)
+        most -= step
+        step *= 2
+    if room_after_last(pool, who) >= more and pool.space.seqs[who].breaks == 0:
+        return False
+    return plan_moves(pool, who, more, may_move(pool))
+
+
+cdef inline bint plan_moves(pool_t *pool, int32_t who, int64_t more, int64_t most) noexcept nogil:
+    if pool.space.seqs[who].breaks:
+        return plan_heal(&pool.space, who, more, most)
+    return place_growth(&pool.space, who, more, most)
 
 
 cdef status_t grow_paged(pool_t *pool, int32_t who, int64_t more, bint patient) noexcept nogil:
@@ -340,6 +380,7 @@ cdef status_t grow_paged(pool_t *pool, int32_t who, int64_t more, bint patient) 
         status = own_blocks(pool, who, seq.blocks - 1, seq.blocks, patient)
         if status != OK:
             return status
+    make_clean(pool, more)
     take_blocks(pool, who, more)
     if seq.breaks != breaks or seq.blocks == more:  # it is no longer one run, or has its first block
         seq.version += 1
@@ -384,12 +425,18 @@ cdef status_t cut(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil:
     if pool.paged:
         if over_budget_after_cut(pool, who, tokens):
             return refuse(pool, 0)
+        if pool.space.traced:
+            unindex(pool, who, tokens // size)
         will = is_writer(pool, who, tokens, seq.limit) and pool.refs[seq.table[keep - 1]] > 1
         was = dropped == 0 and is_writer(pool, who, hot.tokens, seq.limit)
         drop_tail(pool, who, keep)
         if will and not was:
             change_holders(pool, seq.table[keep - 1], 0, 1)
     else:
+        if cuts_pin(pool, who, tokens // size):
+            return refuse(pool, 0)
+        if pool.space.traced:
+            unindex(pool, who, tokens // size)
         drop_tail(pool, who, keep)
     if tokens % size:
         keep_content(pool, slot_of(pool, who, tokens) // size,
@@ -397,6 +444,7 @@ cdef status_t cut(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil:
     pool.claims += dropped
     seq.version += 1
     hot.tokens = <int32_t>tokens
+    seq.known = min(seq.known, <int32_t>tokens)
     lower_marks(pool, who, tokens)
     forget_written(pool, who, tokens)
     refresh(pool, who)
@@ -439,6 +487,8 @@ cdef void raise_marks(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil:
     for mark in range(pool.num_marks):
         marks[mark] = max(marks[mark], <int32_t>tokens)
         note_written(pool, who, mark, 0, tokens)
+    if pool.space.seqs[who].known:
+        index_more(pool, who)
 
 
 cdef void lower_marks(pool_t *pool, int32_t who, int64_t tokens) noexcept nogil:
@@ -472,11 +522,19 @@ cdef void forget_written(pool_t *pool, int32_t who, int64_t tokens) noexcept nog
 cdef void mark_written(pool_t *pool, int32_t who, int64_t mark, int64_t start, int64_t count) noexcept nogil:
     """A write below what is committed lowers every prefix to there; one that begins in its own prefix extends it."""
     cdef int32_t *written = &pool.marks[who * pool.num_marks + mark]
+    cdef seq_t *seq = &pool.space.seqs[who]
+    cdef int64_t size = pool.space.block_size
     if start < written[0] and start < committed_tokens(pool, who):
         lower_marks(pool, who, start)
+        if pool.space.traced:
+            unindex(pool, who, start // size)
+    if pool.space.traced:
+        disown(pool, who, start, count)
     if start <= written[0]:
         written[0] = max(written[0], <int32_t>(start + count))
     note_written(pool, who, mark, start, count)
+    if seq.known >= (seq.indexed + 1) * size and written[0] >= (seq.indexed + 1) * size:
+        index_more(pool, who)
 
 
 # ---- forks
@@ -495,6 +553,7 @@ cdef status_t split(pool_t *pool, handle_t parent, bint patient, handle_t *child
     status = share_blocks(pool, who, twin, claim)
     if status != OK:
         return refuse(pool, 0) if status == NO_ROOM else status
+    share_names(pool, who)
     enter_twin(pool, who, child)
     pool.space.seqs[twin].blocks = <int32_t>blocks
     pool.space.seqs[twin].breaks = pool.space.seqs[who].breaks
@@ -513,6 +572,8 @@ cdef void enter_twin(pool_t *pool, int32_t who, handle_t *child) noexcept nogil:
 
 cdef void finish_twin(pool_t *pool, int32_t who, int32_t twin, int64_t claim) noexcept nogil:
     pool.claims += claim
+    if keeps(pool):
+        index_twin(pool, who, twin)
     refresh(pool, who)
     refresh(pool, twin)
     note_peak(pool)

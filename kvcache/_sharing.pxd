@@ -18,6 +18,7 @@ cdef inline int64_t copies_of(int64_t refs, int64_t writers) noexcept nogil:
     return min(writers, refs - 1) if refs > 1 else 0
 
 cdef void change_holders(pool_t *pool, int64_t block, int32_t refs, int32_t writers) noexcept nogil
+cdef void leave_block(pool_t *pool, int64_t block, bint writer) noexcept nogil
 cdef void drop_blocks(pool_t *pool, int32_t who, int64_t first, bint writer) noexcept nogil
 cdef int32_t breaks_in(const seq_t *seq, int64_t first, int64_t end) noexcept nogil
 cdef bint tail_is_shared(const pool_t *pool, int32_t who) noexcept nogil

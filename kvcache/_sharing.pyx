@@ -3,6 +3,8 @@
 from libc.stdint cimport int32_t, int64_t
 
 from kvcache._blocks cimport mark_free, take_lowest
+from kvcache._evict cimport make_clean
+from kvcache._index cimport entry_at, forget_block
 from kvcache._moves cimport move_t
 from kvcache._space cimport plan_reserve, seq_t
 from kvcache._pool cimport (
@@ -15,9 +17,11 @@ from kvcache._pool cimport (
     ceil_div,
     committed_tokens,
     find_room,
+    free_blocks,
     give_back,
     held_blocks,
     keep_content,
+    keeps,
     move_bytes,
     my_hold,
     note_peak,
@@ -27,6 +31,7 @@ from kvcache._pool cimport (
     reserve_for_holds,
     status_t,
 )
+from kvcache._reuse cimport cuts_pin, leave_blocks
 
 
 cdef void change_holders(pool_t *pool, int64_t block, int32_t refs, int32_t writers) noexcept nogil:
@@ -40,10 +45,17 @@ cdef void change_holders(pool_t *pool, int64_t block, int32_t refs, int32_t writ
     pool.claims += after - before
 
 
+cdef void leave_block(pool_t *pool, int64_t block, bint writer) noexcept nogil:
+    """One of several holders less. If the one that is left has been cut, and will write into it, nothing is found."""
+    change_holders(pool, block, -1, -1 if writer else 0)
+    if pool.refs[block] == 1 and pool.writers[block] and keeps(pool) and entry_at(&pool.index, block) >= 0:
+        forget_block(&pool.index, block)
+
+
 cdef void drop_block(pool_t *pool, int64_t block, int64_t tokens, bint writer) noexcept nogil:
     """One holder, of so many tokens in it, less; the last one gives the block back. Room for holds is reserved."""
     if pool.refs[block] > 1:
-        change_holders(pool, block, -1, -1 if writer else 0)
+        leave_block(pool, block, writer)
         keep_content(pool, block, tokens)
         return
     pool.refs[block] = 0
@@ -55,9 +67,12 @@ cdef void drop_blocks(pool_t *pool, int32_t who, int64_t first, bint writer) noe
     cdef const int32_t *table = pool.space.seqs[who].table
     cdef int64_t index = first, end = pool.space.seqs[who].blocks, run
     cdef int64_t size = pool.space.block_size, tokens = pool.space.hot[who].tokens
+    if pool.space.traced:
+        leave_blocks(pool, who, first)
     while index < end:
-        if pool.refs[table[index]] > 1:
-            drop_block(pool, table[index], min(size, tokens - index * size), writer and index == end - 1)
+        if pool.refs[table[index]] != 1:
+            if pool.refs[table[index]] > 1:  # others hold it; else it has just been cached
+                drop_block(pool, table[index], min(size, tokens - index * size), writer and index == end - 1)
             index += 1
             continue
         run = index
@@ -90,7 +105,8 @@ cdef bint is_shared(const pool_t *pool, int32_t who) noexcept nogil:
         for index in range(seq.blocks):
             if pool.refs[seq.table[index]] > 1:
                 return True
-    return False
+        return False
+    return cuts_pin(pool, who, 0)
 
 
 # ---- a block of one's own
@@ -125,7 +141,7 @@ cdef status_t may_copy(pool_t *pool, const wish_t *wish) noexcept nogil:
     if wish.copies == 0:
         return OK
     pool.wanted = wish.copies
-    pool.unclaimed = min(pool.space.blocks.free_blocks,
+    pool.unclaimed = min(free_blocks(pool),
                          pool.budget - held_blocks(pool) - pool.claims + wish.unclaimed)
     return NO_ROOM if over_budget(pool, wish.copies - wish.unclaimed) else find_room(pool, wish.copies)
 
@@ -153,6 +169,7 @@ cdef status_t copy_shared(pool_t *pool, int32_t who, int64_t first, int64_t last
     cdef bint writer = is_writer(pool, who, tokens, seq.limit)
     cdef int32_t *fresh = pool.space.plan.who
     cdef move_t *moves = pool.space.plan.moves
+    make_clean(pool, shared)
     take_lowest(&pool.space.blocks, shared, fresh)
     for index in range(first, last):
         if pool.refs[seq.table[index]] > 1:

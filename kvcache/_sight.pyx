@@ -3,7 +3,8 @@
 from libc.stdint cimport int32_t, int64_t
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
-from kvcache._blocks cimport NOWHERE, block_is_free
+from kvcache._blocks cimport NOWHERE, block_is_free, draw_blocks, largest_free_run, longest_run_of_bits
+from kvcache._index cimport bit_of, is_cached, is_pinned
 from kvcache._pool cimport NUM_LATENCIES, note_peak, pool_t, sight_t
 from kvcache._space cimport seq_t
 
@@ -35,12 +36,47 @@ cdef void forget_peaks(pool_t *pool) noexcept nogil:
     note_peak(pool)
 
 
+cdef int64_t longest_free(const pool_t *pool) noexcept nogil:
+    """Blocks of the longest run of those that may be had: cached ones are free."""
+    if pool.index.cached_blocks == 0:
+        return largest_free_run(&pool.space.blocks)
+    if pool.index.fresh_blocks == 0:
+        return longest_run_of_bits(&pool.space.blocks, pool.index.cached)
+    return longest_beside_fresh(pool)
+
+
+cdef int64_t longest_beside_fresh(const pool_t *pool) noexcept nogil:
+    """Under a hold: what it has kept from being free counts as used."""
+    cdef int64_t block, running = 0, longest = 0
+    for block in range(pool.space.blocks.num_blocks):
+        if block_is_free(&pool.space.blocks, block) or (is_cached(&pool.index, block)
+                                                        and not bit_of(pool.index.fresh, block)):
+            running += 1
+            longest = max(longest, running)
+        else:
+            running = 0
+    return longest
+
+
+cdef void draw_free(const pool_t *pool, char *cells) noexcept nogil:
+    """A map of what is free and what is used."""
+    cdef int64_t block
+    draw_blocks(&pool.space.blocks, cells)
+    for block in range(pool.space.blocks.num_blocks if pool.index.cached_blocks else 0):
+        if is_cached(&pool.index, block) and not bit_of(pool.index.fresh, block):
+            cells[block] = c"."
+
+
 cdef void draw_owners(const pool_t *pool, int32_t *cells) noexcept nogil:
     """The place of each block's holder, or what else a cell says; `cells` has room for all."""
     cdef int64_t block
     cdef int32_t who
     for block in range(pool.space.blocks.num_blocks):
         cells[block] = FREE_CELL if block_is_free(&pool.space.blocks, block) else WAITING_CELL
+        if pool.index.cached_blocks and is_cached(&pool.index, block) and not bit_of(pool.index.fresh, block):
+            cells[block] = CACHED_CELL
+        elif is_pinned(&pool.index, block):
+            cells[block] = PINNED_CELL
     for who in range(<int32_t>pool.places):
         if pool.space.hot[who].generation & 1 and pool.paged:
             draw_table(pool, who, cells)

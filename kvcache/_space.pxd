@@ -26,6 +26,13 @@ ctypedef struct seq_t:
     int32_t further        # blocks of its further runs, together
     uint32_t version       # changes when a token comes to another slot or is cut, and when the run begins or ends
     int32_t next_vacant    # while the sequence does not live: the next vacant place, NOWHERE for none
+    int32_t known          # tokens whose ids are known, from the first on
+    int32_t indexed        # leading blocks that have an entry in the index of prefixes
+    int32_t salt           # what its prefixes are kept under
+    int32_t priority       # of what is entered of it, until `expires` by the cache's clock
+    double expires
+    int32_t next_double    # of a cached run that begins with what is elsewhere too: the next one, NOWHERE for none
+    int32_t last_double    # and the one before
 
 ctypedef struct plan_t:    # a placement that may need moves first; filled by the place_ functions
     int64_t start          # where the run that asked will begin
@@ -43,11 +50,12 @@ ctypedef struct space_t:
     seq_t *seqs            # [places]
     int64_t live           # sequences
     int64_t further        # runs beyond the first of a sequence; each has a place in the two tables
+    bint traced            # every block of a run names its owner, since the index of prefixes asks for it
     int64_t cursor         # where the next search for a window begins
     plan_t plan            # the one in hand
 
 cdef inline int32_t owner_at(const space_t *space, int64_t block) noexcept nogil:
-    """Who holds `block`, the first or last of its run; NOWHERE beyond the pool's ends and for nobody's run."""
+    """Whose run `block` is the first or last of; NOWHERE beyond the pool's ends and for nobody's run."""
     if block < 0 or block >= space.blocks.num_blocks:
         return NOWHERE
     return space.blocks.cells[block].a
@@ -93,3 +101,4 @@ cdef void plan_clear(plan_t *plan) noexcept nogil
 cdef void plan_move(space_t *space, int32_t who, int64_t to) noexcept nogil
 cdef void settle(space_t *space) noexcept nogil
 cdef void own_run(space_t *space, int32_t who) noexcept nogil
+cdef void own_ends(space_t *space, int32_t who) noexcept nogil

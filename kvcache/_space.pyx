@@ -68,6 +68,16 @@ cdef void rebase(space_t *space, int32_t who) noexcept nogil:
 
 
 cdef void own_run(space_t *space, int32_t who) noexcept nogil:
+    """Labels a run that is new, or new here."""
+    cdef seq_t *seq = &space.seqs[who]
+    cdef int64_t block
+    for block in range(seq.start, end_of(seq) if space.traced else 0):
+        space.blocks.cells[block].a = who
+    own_ends(space, who)
+
+
+cdef void own_ends(space_t *space, int32_t who) noexcept nogil:
+    """Labels a run whose end has changed."""
     cdef seq_t *seq = &space.seqs[who]
     space.blocks.cells[seq.start].a = who
     space.blocks.cells[end_of(seq) - 1].a = who

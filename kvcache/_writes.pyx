@@ -6,9 +6,10 @@ from libc.stdlib cimport realloc
 from kvcache._copy cimport Copier, Sources, copier_write
 from kvcache._lock cimport kv_lock_runs_python
 from kvcache._moves cimport span_t
-from kvcache._pool cimport MOVE_FAILED, NO_MEMORY, OK, ceil_div, pool_t, slot_of, spans_t, status_t
+from kvcache._pool cimport MOVE_FAILED, NO_MEMORY, NO_ROOM, OK, ceil_div, pool_t, slot_of, spans_t, status_t
+from kvcache._reuse cimport cuts_pin
 from kvcache._sharing cimport own_blocks, unwish_copies, wish_copies, wish_t
-from kvcache._space cimport seq_t
+from kvcache._space cimport held, seq_t
 
 
 cdef void wish_write(pool_t *pool, int32_t who, int64_t start, int64_t count, wish_t *wish) noexcept nogil:
@@ -28,6 +29,9 @@ cdef status_t own_and_span(pool_t *pool, spans_t *spans, int32_t who, int64_t st
     cdef int64_t position = start, end, slot
     cdef int32_t run = who
     cdef status_t status = own_blocks(pool, who, first, last, True) if pool.paged else OK
+    if not pool.paged and cuts_pin(pool, who, first):
+        pool.wanted, pool.unclaimed = held(&pool.space.seqs[who]), 0
+        return NO_ROOM
     if status != OK:
         return status
     if reserve_spans(spans, last - first):

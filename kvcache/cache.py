@@ -21,6 +21,7 @@ from kvcache.stats import CacheStats, stats_text
 
 PLACEMENTS = ("contiguous", "paged")
 NOBODY_WAITS = 0, 0.0
+ORDERS = {"lru": 0, "priority": 0, "lfu": 1, "fifo": 2, "worth": 3}  # as in _policy.pxd
 _new_stats = tuple.__new__  # of the namedtuple's fields, all of them
 
 
@@ -90,7 +91,7 @@ class KVCache(CacheCore):
         stream=None,
     ):
         spec = _spec_of(num_layers, num_kv_heads, head_dim, max_total_tokens, block_size, dtype)
-        _check_options(placement, overcommit, prefix_cache, policy=policy, clock=clock)
+        _check_options(placement, overcommit, prefix_cache, policy, clock)
         if max_move_tokens is not None and as_index(max_move_tokens, "max_move_tokens") < 0:
             raise ValueError(f"max_move_tokens must be at least 0, not {max_move_tokens}")
         arena = make_arena(spec, backend, stream)
@@ -102,6 +103,9 @@ class KVCache(CacheCore):
             num_marks=spec.num_layers,
             most_moved=None if max_move_tokens is None else min(as_index(max_move_tokens, ""), 2**62),
             copier=arena.copier,
+            order=ORDERS[policy] if prefix_cache else None,
+            clock=clock,
+            block_bytes=spec.block_bytes,
         )
         self.spec = spec
         self.arena = arena
@@ -477,7 +481,7 @@ def _spec_of(first, num_kv_heads, head_dim, max_total_tokens, block_size, dtype)
     return KVCacheSpec(first, **shape, **given)
 
 
-def _check_options(placement, overcommit, prefix_cache, **reserved):
+def _check_options(placement, overcommit, prefix_cache, policy, clock):
     if placement not in PLACEMENTS:
         raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}, not {placement!r}")
     if isinstance(overcommit, (bool, str)) or not hasattr(overcommit, "__float__"):
@@ -486,9 +490,10 @@ def _check_options(placement, overcommit, prefix_cache, **reserved):
         raise ValueError(f"overcommit must be at least 1, not {overcommit}")
     if not isinstance(prefix_cache, bool):
         raise TypeError(f"prefix_cache must be a bool, not {type(prefix_cache).__name__}")
-    for name, present in (("policy", "lru"), ("clock", None)):
-        if reserved[name] != present:
-            raise ValueError(f"{name}={reserved[name]!r} is not available: only {present!r} is")
+    if policy not in ORDERS:
+        raise ValueError(f"policy must be one of {', '.join(ORDERS)}, not {policy!r}")
+    if clock is not None and not callable(clock):
+        raise TypeError(f"clock must be callable, not {type(clock).__name__}")
 
 
 def as_index(value, name):

@@ -24,7 +24,7 @@ class Decoder(Protocol):
 
     cache: Any
 
-    def prefill(self, request_id, prompt): ...
+    def prefill(self, request_id, prompt, cached_tokens): ...
     def step(self, tokens): ...
     def finish(self, request_id): ...
     def alone(self, prompt, num_tokens): ...
@@ -195,7 +195,8 @@ class Serving:
                 return
             self.waiting.popleft()
             self.live[request.request_id] = request
-            self.choices[request.request_id] = [self.decoder.prefill(request.request_id, request.prompt)]
+            first = self.decoder.prefill(request.request_id, request.prompt, granted.cached_tokens)
+            self.choices[request.request_id] = [first]
             self._finish()
 
     def step(self) -> None:

@@ -293,14 +293,16 @@ class Decoder:
         self.cache = cache
         self.rows = BatchCache(cache)
 
-    def prefill(self, request_id, prompt):
-        """Compute the prompt of a sequence that was just admitted, and make it the last member.
+    def prefill(self, request_id, prompt, cached_tokens=0):
+        """Compute what is not there yet of the prompt of a sequence that was just admitted; it is the last member then.
 
         Parameters
         ----------
         request_id : hashable
         prompt : sequence of int
             Token ids, as many as were admitted.
+        cached_tokens : int
+            Of these, from the first on, those that the admission found in place.
 
         Returns
         -------
@@ -308,7 +310,8 @@ class Decoder:
             The first new token.
         """
         with mx.stream(generation_stream), self.cache.hold():
-            logits = self.model(mx.array(prompt)[None], cache=prompt_cache(self.cache, request_id))
+            layers = prompt_cache(self.cache, request_id, cached_tokens=cached_tokens)
+            logits = self.model(mx.array(prompt[cached_tokens:])[None], cache=layers)
             (choice,) = _greedy(logits[:, -1])
         self.rows.add(request_id)
         return choice

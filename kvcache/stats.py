@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 MB = 1024 * 1024
 LATENCY_BOUNDS = tuple(4**power / 1e6 for power in range(12))  # seconds: 1 µs to 4.2 s
-NOT_COMPARED = 19  # fields at the end, after waiting_blocks
+NOT_COMPARED = 31  # fields at the end, after waiting_blocks
 
 
 class CacheStats(NamedTuple):
@@ -17,9 +17,9 @@ class CacheStats(NamedTuple):
     ----------
     num_sequences : int
         Live sequences.
-    total_blocks, used_blocks, free_blocks, cached_blocks, claimed_blocks : int
-        Blocks of the arena; held by sequences; held by nobody; of the free ones, those whose content may be found
-        again (none: prefixes are not kept yet); promised to live sequences beyond what they hold.
+    total_blocks, used_blocks, free_blocks, cached_blocks, pinned_blocks, claimed_blocks : int
+        Blocks of the arena; held by sequences and pins; held by nobody; of the free ones, those whose content may be
+        found again; of the used ones, those that a pin holds; promised to live sequences beyond what they hold.
     largest_free_run : int
         Blocks of the longest gap.
     fragmentation : float
@@ -30,7 +30,13 @@ class CacheStats(NamedTuple):
     moves, moved_tokens, moved_bytes : int
         Runs moved to another place, used tokens in them, and the bytes of these in all layers.
     copied_tokens : int
-        Tokens copied by forks and copies on write.
+        Tokens copied by forks, hits and copies on write.
+    moved_cached_tokens : int
+        Tokens of cached runs copied to another place.
+    revived_tokens : int
+        Tokens of hits that were continued where they were, without a copy.
+    evicted_blocks : int
+        Cached blocks given away, for whatever reason.
     spills, heals : int
         Times that a sequence was given blocks apart from its run, since a bound on moves left no other place, and
         that moves made a scattered sequence one run again.
@@ -51,6 +57,14 @@ class CacheStats(NamedTuple):
         Among the latter are new limits and cuts that were refused.
     refused_growth, refused_past_limit : int
         Appends that found no block (with `overcommit` above 1 only), and appends beyond the sequence's limit.
+    queries, query_tokens, hit_tokens : int
+        Admissions whose prompt was given as ids, the tokens of these prompts, and those of them that were there.
+    misses_cold, misses_evicted, misses_salted, misses_partial, misses_disabled : int
+        Queries that found less than there could be: the block had never been there; it had been there; nothing is
+        known under the salt; the prompt has no whole block to look for; prefixes are not kept.
+    evictions_room, evictions_quota, evictions_duplicate, evictions_cleared : int
+        Evicted blocks by why: their memory was needed, their salt had too many, another block has their content,
+        `clear_prefix_cache` said so.
     admission_latencies : tuple of int
         Admissions by how long they took: for each of `LATENCY_BOUNDS` those within it and beyond the one before, then
         those beyond the last. Who was admitted at once, without a wait or a move, is not timed and counted as
@@ -70,6 +84,7 @@ class CacheStats(NamedTuple):
     used_blocks: int
     free_blocks: int
     cached_blocks: int
+    pinned_blocks: int
     claimed_blocks: int
     largest_free_run: int
     fragmentation: float
@@ -81,6 +96,9 @@ class CacheStats(NamedTuple):
     moved_tokens: int
     moved_bytes: int
     copied_tokens: int
+    moved_cached_tokens: int
+    revived_tokens: int
+    evicted_blocks: int
     spills: int
     heals: int
     longest_pause_tokens: int
@@ -97,6 +115,18 @@ class CacheStats(NamedTuple):
     refused_promises: int
     refused_growth: int
     refused_past_limit: int
+    queries: int
+    query_tokens: int
+    hit_tokens: int
+    misses_cold: int
+    misses_evicted: int
+    misses_salted: int
+    misses_partial: int
+    misses_disabled: int
+    evictions_room: int
+    evictions_quota: int
+    evictions_duplicate: int
+    evictions_cleared: int
     admission_latencies: tuple[int, ...]
     admission_seconds: float
     mlx_active_bytes: int

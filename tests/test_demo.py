@@ -20,7 +20,7 @@ class Arithmetic:
         self.seen = {}
         self.batches = []
 
-    def prefill(self, request_id, prompt):
+    def prefill(self, request_id, prompt, cached_tokens):
         assert self.cache.used_tokens(request_id) == len(prompt)
         self.seen[request_id] = list(prompt)
         return next_token(prompt)

@@ -1,0 +1,12 @@
+"""Prefixes: what is found again, named, pinned, cleared, and told."""
+
+from libc.stdint cimport int64_t
+
+from kvcache._looks cimport Looks
+
+
+cdef class Prefixes(Looks):
+    cdef dict pins              # what has been pinned -> entries that pins end at, the newest last
+
+    cdef object pin_key(self, object request_id, object tokens, object salt)
+    cdef list drain(self, bytearray records, bytearray ids, int64_t count)
