@@ -6,6 +6,7 @@
 #   make fuzz       damaged files for the reader of cache files, for a minute               ARGS="10 SEED"
 #   make bench      the benchmarks, compared with the committed baseline
 #   make docs       the manual, warnings are errors: docs/_build/html
+#   make soak       two minutes of a storm over the admission queue                 ARGS="--seed 2"
 #   make lint       ruff, cython-lint, Cython's performance hints, stubs
 #   make coverage   the tests on a build with line tracing; less than 95 % fails
 #   make sanitize   the tests on a build with AddressSanitizer and UBSan
@@ -28,7 +29,7 @@ SOURCES := pyproject.toml setup.py MANIFEST.in LICENSE \
 # The tests see the installed package only: nothing beside them is called kvcache.
 PYTEST = cd $(VENV) && $(BIN)/pytest -c $(ROOT)/pyproject.toml --rootdir $(ROOT)
 
-.PHONY: demo replay test fuzz bench docs lint coverage sanitize dist dist-check inplace clean
+.PHONY: demo replay test fuzz soak bench docs lint coverage sanitize dist dist-check inplace clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -42,6 +43,9 @@ test: $(VENV)/.test
 
 fuzz: $(VENV)/.test
 	cd $(VENV) && bin/python $(ROOT)/tests/fuzz_cache_file.py $(or $(ARGS),60)
+
+soak: $(VENV)/.test
+	cd $(VENV) && $(BIN)/python -X dev -X faulthandler -W error $(ROOT)/tests/soak.py --seconds 120 $(ARGS)
 
 bench: $(VENV)/.bench
 	$(BIN)/python bench/run.py $(ARGS)

@@ -1,9 +1,15 @@
-"""Looking at a busy cache: 1,024 sequences in a pool of 65,536 blocks that has been lived in."""
+"""Looking at a busy cache: 1,024 sequences in a pool of 65,536 blocks that has been lived in; and beside an engine."""
 
 import io
+import statistics
+import threading
+import time
 
+import numpy as np
 import pytest
 from scenes import LivedIn
+
+from kvcache import KVCache
 
 pytestmark = pytest.mark.benchmark(group="looking")
 
@@ -48,3 +54,97 @@ def test_dump_cache_stats(measure, pool):
 
     measure(look, verify=verify, rounds=20)
     pool.cache.check()
+
+
+MEMBERS, LAYERS, STEPS = 64, 4, 40
+EVERY = 0.001  # seconds
+
+
+class Decoding:
+    """An engine's loop without its model: a token for each of 64 members, written in four layers under a hold."""
+
+    def __init__(self):
+        self.cache = KVCache(LAYERS, 4, 64, MEMBERS * 512, 16)
+        for number in range(MEMBERS):
+            assert self.cache.allocate_for(f"request-{number}", 250, max_tokens=512)
+        self.batch = self.cache.batch(list(self.cache))
+        self.rows = np.ones((MEMBERS, 4, 64), np.float32)
+
+    def rewind(self):
+        self.batch.truncate(self.batch.lengths - 250)
+
+    def steps(self):
+        cache, batch, rows = self.cache, self.batch, self.rows
+        for _ in range(STEPS):
+            batch.append()
+            with cache.hold():
+                for layer in range(LAYERS):
+                    batch.write(layer, rows, rows)
+
+
+class Ticking:
+    """A thread that wakes up a thousand times a second and calls something, or nothing."""
+
+    def __init__(self):
+        self.call, self.ticks, self.ended = None, 0, False
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def run(self):
+        due = time.perf_counter()
+        while not self.ended:
+            due = max(due + EVERY, time.perf_counter())
+            time.sleep(max(0.0, due - time.perf_counter()))
+            if self.call is not None:
+                self.call()
+            self.ticks += 1
+
+    def close(self):
+        self.ended = True
+        self.thread.join()
+
+
+@pytest.fixture
+def ticking():
+    made = Ticking()
+    yield made
+    made.close()
+
+
+def test_a_decode_loop_beside_stats_at_1_khz(measure, ticking):
+    """Its floor is the same loop beside a thread that wakes up as often and does nothing."""
+    engine = Decoding()
+    calls = {name: [0, 0.0] for name in ("stats", "nothing")}  # ticks, and the seconds that they were in
+
+    def beside(name, call):
+        ticking.call = call
+        engine.rewind()
+        began, ticks = time.perf_counter(), ticking.ticks
+        engine.steps()
+        calls[name][0] += ticking.ticks - ticks
+        calls[name][1] += time.perf_counter() - began
+
+    def verify():
+        assert engine.batch.lengths.tolist() == [250 + STEPS] * MEMBERS
+
+    measure(
+        lambda: beside("stats", engine.cache.stats),
+        verify=verify,
+        calls=STEPS,
+        rounds=1000,
+        floor=("beside an idle thread", lambda: beside("nothing", None)),
+    )
+    if measure.benchmark.stats is not None:
+        # of each side the rounds that were disturbed least: the ratio of two of them is noisier than a percent
+        tenth = [statistics.quantiles(times, n=10)[0] for times in (round_times(measure), measure.own_floor)]
+        measure.note(
+            percent_more=(100 * (tenth[0] / tenth[1] - 1), 1),
+            **{f"ticks_a_second_{name}": ticks / passed for name, (ticks, passed) in calls.items()},
+        )
+    assert all(ticks > 300 * passed for ticks, passed in calls.values())
+    engine.cache.check()
+
+
+def round_times(measure):
+    """Nanoseconds of each round, as `own_floor` has them."""
+    return [each * 1e9 for each in measure.benchmark.stats.stats.data]

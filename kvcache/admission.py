@@ -8,6 +8,7 @@ from kvcache.course import Courses, stages_of
 from kvcache.desk import TenantLimit
 from kvcache.refusals import Fits, Refusal
 from kvcache.strategies import Chain, Evict, Reduce, Reject, Wait
+from kvcache.tallies import QueueStats, TenantStats
 from kvcache.waiter import Lease, TaskSleeper, ThreadSleeper
 
 __all__ = [
@@ -17,10 +18,12 @@ __all__ = [
     "Fits",
     "Lease",
     "Pending",
+    "QueueStats",
     "Reduce",
     "Refusal",
     "Reject",
     "TenantLimit",
+    "TenantStats",
     "Wait",
 ]
 
@@ -73,6 +76,11 @@ class AllocationQueue(Courses):
         `TenantLimit` by tenant.
     tenant_limit : TenantLimit, optional
         Of every other tenant.
+    name : str, optional
+        What metrics and warnings call it, one of a kind for the cache; by default ``"default"``, then
+        ``"default-2"`` and so on.
+    warn_after : float or None
+        Age of the oldest waiter, in units of the clock, at which `KVCache.check_health` warns of the queue.
     clock : callable, optional
         By default `time.monotonic`. With one of your own, deadlines are looked at by `poke` only.
 
@@ -97,10 +105,14 @@ class AllocationQueue(Courses):
         most_overtaken=64,
         tenants=None,
         tenant_limit=None,
+        name=None,
+        warn_after=30.0,
         clock=time.monotonic,
     ):
-        super().__init__(cache, keep_free, patience, most_overtaken, tenants, tenant_limit, clock)
         self._stages = stages_of(Reject() if strategy is None else strategy)
+        super().__init__(
+            cache, name, keep_free, patience, most_overtaken, tenants, tenant_limit, warn_after, clock
+        )
 
     # ---- admission
 
@@ -221,6 +233,24 @@ class AllocationQueue(Courses):
             self._drop_if_idle(account)
         return verdict
 
+    # ---- sight
+
+    def stats(self):
+        """Who waits, for how long, and what has become of the others: a `QueueStats`. It never waits for the queue."""
+        waiters, accounts = self._waiters, list(self._accounts.values())
+        return self._tallies.told(self.name, self._warn_after, waiters, accounts, self._clock())
+
+    @property
+    def warn_after(self):
+        """The age of the oldest waiter at which `KVCache.check_health` warns; None: never."""
+        return self._warn_after
+
+    @property
+    def oldest_age(self):
+        """How long the first of those who wait has waited, in units of the clock; 0.0 where nobody does."""
+        since = self._waiters.oldest() if self._waiters.count else None
+        return 0.0 if since is None else max(0.0, self._clock() - since)
+
     # ---- the queue as a whole
 
     def __len__(self):
@@ -255,6 +285,7 @@ class AllocationQueue(Courses):
     def close(self):
         """Refuses everybody who waits, and leaves the cache alone. What has been granted stays granted."""
         self._cache._unwatch(self._watcher)
+        self._cache._strike(self)
         with self._turn:
             self._closed = True
             for waiter in list(self._waiters):

@@ -1,5 +1,8 @@
 """The blocks of an arena as a picture: who holds which."""
 
+import struct
+import zlib
+
 import numpy as np
 
 FREE = -1
@@ -56,6 +59,32 @@ def image_of(owners, width, dark):
     pixels[held] = colours_of(np.arange(places.max(initial=-1) + 1))[places]
     pixels[owners >= SHARED] //= 2
     return image.reshape(rows, width, 3)
+
+
+def png_of(image, scale=1):
+    """A picture as a PNG file's bytes.
+
+    Parameters
+    ----------
+    image : array of uint8, ``(rows, columns, 3)``
+    scale : int
+        Pixels of the file to a pixel of the image, across and down.
+
+    Returns
+    -------
+    bytes
+    """
+    pixels = np.asarray(image, np.uint8).repeat(scale, axis=0).repeat(scale, axis=1)
+    rows, columns, _ = pixels.shape
+    lines = np.zeros((rows, 1 + 3 * columns), np.uint8)  # each begins with its filter: none
+    lines[:, 1:] = pixels.reshape(rows, 3 * columns)
+    header = struct.pack(">IIBBBBB", columns, rows, 8, 2, 0, 0, 0)
+    parts = (b"IHDR", header), (b"IDAT", zlib.compress(lines.tobytes())), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, data) for kind, data in parts)
+
+
+def _chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def cells_of(owners, most):

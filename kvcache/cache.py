@@ -4,6 +4,7 @@ The bookkeeping (who holds which blocks, what is promised, who waits) is native,
 it; the bytes are in `arena.py`. What is here brings the two together.
 """
 
+import itertools
 import math
 import sys
 import threading
@@ -20,6 +21,7 @@ from kvcache.stats import CacheStats, stats_text
 
 _MAKING = threading.Lock()
 PLACEMENTS = ("contiguous", "paged")
+NOBODY_WAITS = 0, 0.0
 ORDERS = {"lru": 0, "priority": 0, "lfu": 1, "fifo": 2, "worth": 3}  # as in _policy.pxd
 FOREIGN = 4
 _new_stats = tuple.__new__  # of the namedtuple's fields, all of them
@@ -129,6 +131,8 @@ class KVCache(TravelCore):
         self.fingerprint = fingerprint
         self._stores = staging_bytes, store_rate
         self._health = Watch()
+        self._queues = []  # read by anybody, changed under the lock below
+        self._enrolment = threading.Lock()
         self._layers = spec.layers
         self._prices = spec.block_bytes, spec.bytes_per_token
         in_place = backend == "numpy" and all(layer.v_index is not None for layer in spec.layers)
@@ -452,9 +456,18 @@ class KVCache(TravelCore):
         """Every number at once: a `CacheStats`, which stays as it is."""
         arena = self.arena
         figures = self._figures(*self._prices, arena.arena_copies, arena.library_memory())
-        if self._carrier is None:
-            return _new_stats(CacheStats, (*figures, 0, 0))
-        return _new_stats(CacheStats, (*figures, self._num_away(), self._carrier.corrupt_chunks))
+        away = (0, 0) if self._carrier is None else (self._num_away(), self._carrier.corrupt_chunks)
+        waiting = self._queued() if self._queues else NOBODY_WAITS
+        return _new_stats(CacheStats, figures + away + waiting)
+
+    def _queued(self):
+        """How many wait before the cache, and for how long the first of them has."""
+        waiting, oldest = 0, 0.0
+        for queue in self._queues:
+            if count := len(queue):
+                waiting += count
+                oldest = max(oldest, queue.oldest_age)
+        return waiting, oldest
 
     def dump_cache_stats(self, file=None):
         """Write the configuration, the state and one line per sequence to `file` (standard output by default)."""
@@ -487,11 +500,38 @@ class KVCache(TravelCore):
             raise ValueError(f"width must be at least 1, not {width}")
         return image_of(self._owners(), as_index(width, "width"), bool(dark))
 
+    @property
+    def queues(self):
+        """Every open `AllocationQueue` before this cache, in order of their making: a tuple."""
+        return tuple(self._queues)
+
+    def _enrol(self, queue, name):
+        """Takes a queue in under its name, or one that is free."""
+        with self._enrolment:
+            taken = {each.name for each in self._queues}
+            if name is None:
+                names = ("default" if number == 1 else f"default-{number}" for number in itertools.count(1))
+                name = next(each for each in names if each not in taken)
+            elif not isinstance(name, str) or not name:
+                raise TypeError(f"name must be a string that is not empty, not {name!r}")
+            elif name in taken:
+                raise ValueError(f"the cache has a queue named {name!r} already")
+            queue.name = name
+            self._queues.append(queue)
+        return name
+
+    def _strike(self, queue):
+        """Lets a queue go, whose name is free again."""
+        with self._enrolment:
+            if queue in self._queues:
+                self._queues.remove(queue)
+
     def check_health(self):
         """What an operator should hear of: a tuple of `Finding`, told to the logger ``kvcache`` once a minute each.
 
-        High fragmentation in paged placement, promises above 90 %, and arrays of the arena that MLX has copied. Called
-        by whoever exports metrics or the status, never by the calls that serve.
+        High fragmentation in paged placement, promises above 90 %, arrays of the arena that MLX has copied, and a queue
+        whose oldest waiter is older than its `warn_after`. Called by whoever exports metrics or the status, never by
+        the calls that serve.
         """
         return self._health.look(self)
 

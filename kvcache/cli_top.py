@@ -5,10 +5,15 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
+
+from kvcache.block_map import image_of, png_of
 from kvcache.cli_arguments import UsageError, add_json, count, require, write_json
 
 SECONDS = 5.0  # that an answer may take
 MOST_BYTES = 1 << 20  # of an answer
+CELLS_A_ROW = 64
+PIXELS_A_CELL = 10
 NEEDED = {"kvcache", "pid", "placement", "backend", "stats", "promised", "findings", "block_map", "sequences"}
 
 
@@ -28,6 +33,10 @@ def add_top(commands):
         "--interval", type=_seconds, default=1.0, metavar="S", help="between two looks; default: 1"
     )
     command.add_argument("--frames", type=count, metavar="N", help="look so many times, then end")
+    command.add_argument(
+        "--plot", metavar="FILE", help="write the block map of one moment as a picture, FILE.png, and end"
+    )
+    command.add_argument("--dark", action="store_true", help="the picture's ground is dark")
     add_json(command)
     command.set_defaults(run=_top)
 
@@ -38,8 +47,14 @@ def _seconds(text):
 
 def _top(arguments):
     host, port = _address(arguments)
-    if arguments.json is not None:
-        write_json(arguments.json, [look(host, port)])
+    if arguments.plot is not None and Path(arguments.plot).suffix.lower() != ".png":
+        raise UsageError(f"--plot {arguments.plot}: give a name that ends in .png")
+    if arguments.json is not None or arguments.plot is not None:
+        seen = look(host, port)
+        if arguments.plot is not None:
+            _plot(arguments.plot, seen, arguments.dark)
+        if arguments.json is not None:
+            write_json(arguments.json, [seen])
         return 0
     require("top", "top", {"rich": "rich"})
     from rich.console import Console
@@ -59,6 +74,15 @@ def _top(arguments):
             live.update(frame(now, last, console.width), refresh=True)
             last, shown = now, shown + 1
     return 0
+
+
+def _plot(file, seen, dark):
+    """The picture of `KVCache.block_map_image`; of a large arena a pixel is a cell of several blocks."""
+    cells = np.array(seen["block_map"]["cells"], np.int32)
+    try:
+        Path(file).write_bytes(png_of(image_of(cells, CELLS_A_ROW, dark), PIXELS_A_CELL))
+    except OSError as error:
+        raise UsageError(f"--plot {file}: {error.strerror}") from error
 
 
 def _address(arguments):

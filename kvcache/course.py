@@ -30,7 +30,8 @@ class Courses(Desk):
         """The lease, if nobody waits and it fits whole."""
         if self._closed:
             return None
-        self._lock.acquire()
+        if not self._take(False):
+            self._lock.acquire()
         account = None
         try:
             if self._waiters.count:
@@ -123,7 +124,10 @@ class Courses(Desk):
                 self._finish(waiter, reason=reason)
                 self._grant()  # what was kept for it is there for others
             if waiter.lease is None and waiter.error is None:
-                return self._refusal(waiter, waiter.reason)
+                refusal = self._refusal(waiter, waiter.reason)
+                if waiter.reason is None:  # said by the numbers only now
+                    waiter.tally.refuse(waiter, refusal.reason)
+                return refusal
         if waiter.error is not None:
             raise waiter.error
         if waiter.count:
@@ -185,7 +189,9 @@ class Courses(Desk):
         except BaseException:
             victim._leaving = False
             raise
-        victim.free()
+        if victim.free():
+            with self._turn:
+                victim._holder.tally.evicted += 1
 
     def _victim_for(self, waiter, choice):
         """The lease to end, marked as such; None where nobody may be ended, or all of them would not be enough."""

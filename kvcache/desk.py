@@ -6,14 +6,15 @@ never waits for the lock: it leaves a note, and whoever has the lock reads the n
 middle of it all is safe.
 """
 
-import threading
 import time
 from collections import OrderedDict, deque
 from dataclasses import dataclass, replace
 
 from kvcache.errors import CacheClosed, CacheHeld, KVCacheError, SequenceExists
+from kvcache.parking import ParkingLock
 from kvcache.refusals import Fits, Refusal, Room
 from kvcache.strategies import Reduce
+from kvcache.tallies import Tallies
 from kvcache.waiter import Lease, Waiter
 from kvcache.waiting import NEVER, Tenant, Waiters
 
@@ -70,17 +71,24 @@ class Desk:
     Its methods are called under the lock, but for `_note`, `_release`, `_submit`, `_give_back` and `_refusal`.
     """
 
-    def __init__(self, cache, keep_free, patience, most_overtaken, tenants, tenant_limit, clock):
+    def __init__(
+        self, cache, name, keep_free, patience, most_overtaken, tenants, tenant_limit, warn_after, clock
+    ):
         if keep_free < 0 or patience < 0 or most_overtaken < 0:
             raise ValueError("keep_free, patience and most_overtaken must be at least 0")
+        if warn_after is not None and not warn_after > 0:
+            raise ValueError(f"warn_after must be above 0, not {warn_after}")
         self._cache = cache
         self._size = cache.spec.block_size
         self._keep = -(-keep_free // self._size)
         self._limits = dict(tenants or {})
         self._limit = tenant_limit
+        self._tallies = Tallies(self._limits)
+        self._warn_after = warn_after
         self._clock = clock
         self._virtual = clock is not time.monotonic
-        self._lock = threading.Lock()
+        self._lock = ParkingLock()
+        self._take = self._lock.take
         self._notes = deque()  # ids that may have been freed, waiters given up, the cache: anything else
         self._accounts = {}  # tenant -> Tenant
         self._live = OrderedDict()  # request id -> Lease, least recently appended first
@@ -92,6 +100,7 @@ class Desk:
         self._closed = False
         self._turn = Turn(self)
         self._watcher = self._note
+        self.name = cache._enrol(self, name)
         cache._watch(self._watcher)
 
     # ---- notes, and the lock
@@ -99,7 +108,7 @@ class Desk:
     def _note(self, about):
         """Called by whatever makes room; never waits."""
         self._notes.append(about)
-        if self._lock.acquire(False):
+        if self._take(False):
             self._release()
 
     def _release(self):
@@ -114,7 +123,7 @@ class Desk:
             for waiter in woken:
                 if not waiter.sleeper.wake():
                     self._notes.append(waiter)
-            if not self._notes or not self._lock.acquire(False):
+            if not self._notes or not self._take(False):
                 return
 
     def _read_notes(self):
@@ -151,6 +160,7 @@ class Desk:
         lease._blocks = blocks = -(-allocation.max_tokens // self._size)
         account.blocks += blocks
         account.sequences += 1
+        account.tally.granted += 1
         self._live[request_id] = lease
         return lease
 
@@ -165,12 +175,12 @@ class Desk:
     def _account(self, tenant):
         account = self._accounts.get(tenant)
         if account is None:
-            limit = self._limits.get(tenant, self._limit)
+            limit, tally = self._limits.get(tenant, self._limit), self._tallies.of(tenant)
             if limit is None:
-                account = Tenant(tenant)
+                account = Tenant(tenant, tally)
             else:
                 most = NEVER if limit.sequences is None else limit.sequences
-                account = Tenant(tenant, limit.most_blocks(self._cache.spec), most)
+                account = Tenant(tenant, tally, limit.most_blocks(self._cache.spec), most)
             self._accounts[tenant] = account
         return account
 
@@ -188,18 +198,22 @@ class Desk:
             self._number += 1
             waiter.number, waiter.since = self._number, self._clock()
             if waiter.count:
+                lease = self._live.get(waiter.request_id)
+                waiter.tally = self._tallies.of(None) if lease is None else lease._holder.tally
                 self._waiters.lead(waiter)
                 self._grant()
                 return
             if waiter.request_id in self._ids or waiter.request_id in self._cache:
                 raise SequenceExists(request_id=waiter.request_id)
             waiter.tenant = self._account(tenant)
+            waiter.tally = waiter.tenant.tally
             waiter.first = -(-waiter.tokens // self._size)
             self._set_least(waiter, waiter.limit)
             lowest = min([self._least_of(waiter, each.min_tokens) for each in stages if isinstance(each, Reduce)],
                          default=waiter.limit)  # fmt: skip
             if self._is_hopeless(waiter, lowest):
                 self._drop_if_idle(waiter.tenant)
+                waiter.tally.refuse(waiter, "never_fits")
                 waiter.done, waiter.reason = True, "never_fits"
                 return
             self._ids[waiter.request_id] = waiter
@@ -286,8 +300,21 @@ class Desk:
             del self._ids[waiter.request_id]
         if lease is None:
             self._drop_if_idle(waiter.tenant)
+            self._count_loss(waiter, error, reason)
+        elif waiter.count:
+            waiter.tally.grown += 1
+        else:
+            self._tallies.note_wait(self._clock() - waiter.since)
         waiter.lease, waiter.error, waiter.reason, waiter.done = lease, error, reason, True
         self._woken.append(waiter)
+
+    def _count_loss(self, waiter, error, reason):
+        if waiter.tally is None:  # never had a place: its id lived, or the queue was closed
+            return
+        if reason is not None:
+            waiter.tally.refuse(waiter, reason)
+        elif error is not None and not waiter.count:
+            waiter.tally.failed += 1
 
     def _wake_late(self):
         """Has those look whose deadlines have passed, by a clock that nobody sleeps by."""

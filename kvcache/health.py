@@ -19,15 +19,23 @@ class Finding(NamedTuple):
     Attributes
     ----------
     kind : str
-        ``"fragmentation"``, ``"promises"`` or ``"arena_copies"``.
+        ``"fragmentation"``, ``"promises"``, ``"arena_copies"`` or ``"queue"``.
     level : int
         Of `logging`.
     message : str
+    subject : str
+        The name of the queue.
     """
 
     kind: str
     level: int
     message: str
+    subject: str = ""
+
+    @property
+    def topic(self):
+        """What is told once a while only."""
+        return self.kind, self.subject
 
 
 class Watch:
@@ -36,7 +44,7 @@ class Watch:
     Parameters
     ----------
     every : float
-        Seconds that a kind of finding is not told again.
+        Seconds that a kind of finding, of the same queue, is not told again.
     clock : callable
         Seconds, never backwards.
     """
@@ -45,8 +53,8 @@ class Watch:
         self._every = every
         self._clock = clock
         self._lock = threading.Lock()
-        self._told = {}  # kind -> when it was told last
-        self._unsaid = {}  # kind -> how often it has been found since
+        self._told = {}  # topic -> when it was told last
+        self._unsaid = {}  # topic -> how often it has been found since
         self._copies = 0
 
     def look(self, cache):
@@ -59,23 +67,23 @@ class Watch:
         stats = cache.stats()
         with self._lock:
             copies, self._copies = self._copies, max(self._copies, stats.arena_copies)
-            found = tuple(_findings(stats, cache.placement, cache.overcommit, copies))
-            due = [(finding, self._since(finding.kind)) for finding in found if self._is_due(finding.kind)]
+            found = (*_findings(stats, cache.placement, cache.overcommit, copies), *_waits(cache, stats))
+            due = [(finding, self._since(finding.topic)) for finding in found if self._is_due(finding.topic)]
         for finding, unsaid in due:
             again = f" (found {unsaid} more times since it was last told)" if unsaid else ""
             LOGGER.log(finding.level, "%s%s", finding.message, again)
         return found
 
-    def _is_due(self, kind):
+    def _is_due(self, topic):
         now = self._clock()
-        if kind in self._told and now - self._told[kind] < self._every:
-            self._unsaid[kind] = self._unsaid.get(kind, 0) + 1
+        if topic in self._told and now - self._told[topic] < self._every:
+            self._unsaid[topic] = self._unsaid.get(topic, 0) + 1
             return False
-        self._told[kind] = now
+        self._told[topic] = now
         return True
 
-    def _since(self, kind):
-        return self._unsaid.pop(kind, 0)
+    def _since(self, topic):
+        return self._unsaid.pop(topic, 0)
 
 
 def promised_part(stats, overcommit):
@@ -110,3 +118,17 @@ def _findings(stats, placement, overcommit, copies):
             f"MLX copied an array of the arena instead of writing in place, {stats.arena_copies} times so far: "
             "something else holds it, a view kept across steps as a rule",
         )
+
+
+def _waits(cache, stats):
+    """Queues whose first has waited too long. By their own clocks."""
+    for queue in cache.queues:
+        limit, age = queue.warn_after, queue.oldest_age
+        if limit is not None and age > limit:
+            yield Finding(
+                "queue",
+                logging.WARNING,
+                f"the oldest of {len(queue)} requests in the queue {queue.name!r} has waited {age:.1f} s, more than "
+                f"{limit:g} s: {stats.free_blocks} blocks are free, {stats.claimed_blocks} claimed",
+                queue.name,
+            )

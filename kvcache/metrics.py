@@ -1,7 +1,6 @@
-"""Metrics of caches for Prometheus and OpenTelemetry: one table, read from `stats()` when somebody scrapes.
+"""Metrics of caches for Prometheus and OpenTelemetry, read from `stats()` when somebody scrapes.
 
-Names are OpenTelemetry's; Prometheus' follow from them by the rules that its exporters use, so that both give the
-same series (but for the histogram, which OpenTelemetry cannot observe), and one dashboard serves both.
+What is exported stands in one table, `kvcache.metric_table`; here is how it reaches either.
 """
 
 import threading
@@ -11,191 +10,66 @@ from typing import NamedTuple
 
 from kvcache.errors import CacheClosed
 from kvcache.health import promised_part
-from kvcache.stats import LATENCY_BOUNDS
+from kvcache.metric_table import (
+    COUNTER,
+    GAUGE,
+    HISTOGRAM,
+    METRICS,
+    PROCESS_METRICS,
+    QUEUE_METRICS,
+    SUFFIXES,
+    Metric,
+    Reading,
+)
 
-GAUGE, COUNTER, HISTOGRAM = "gauge", "counter", "histogram"
-SUFFIXES = {"By": "_bytes", "s": "_seconds", "1": "_ratio"}  # of a Prometheus name, by unit
+__all__ = [
+    "COUNTER",
+    "GAUGE",
+    "HISTOGRAM",
+    "METRICS",
+    "PROCESS_METRICS",
+    "QUEUE_METRICS",
+    "SUFFIXES",
+    "CacheMetrics",
+    "Metric",
+    "Reading",
+    "instrument",
+    "register",
+    "unregister",
+]
+
 SAME_MOMENT = 0.05  # seconds that instruments of one OpenTelemetry collection see the same statistics
 
 
-class Metric(NamedTuple):
-    """A row of the table.
+class Table(NamedTuple):
+    """Rows that are exported together: their own labels, and what they are to be read from.
 
-    Attributes
-    ----------
-    name : str
-        OpenTelemetry's.
-    kind : str
-        ``"gauge"``, ``"counter"`` or ``"histogram"``.
-    unit : str
-        In UCUM: ``"By"``, ``"s"``, ``"1"``, or a noun in braces.
-    help : str
-    label : str
-        Name of the label that the samples differ in, empty for a single sample.
-    values : callable
-        From what is read to a number; with a label to a dictionary of them; of a histogram to (buckets, sum).
+    `readings` is given what `CacheMetrics.read` gave; it returns what the rows take their values from, by the values
+    of the labels.
     """
 
-    name: str
-    kind: str
-    unit: str
-    help: str
-    label: str
-    values: object
-
-    @property
-    def prometheus_name(self):
-        """With the unit and, of a counter, ``_total`` at its end."""
-        name = self.name.replace(".", "_") + SUFFIXES.get(self.unit, "")
-        return name + "_total" if self.kind == COUNTER else name
+    rows: tuple
+    labels: tuple
+    readings: object
 
 
-def _gauge(name, unit, text, values, label=""):
-    return Metric(f"kvcache.{name}", GAUGE, unit, text, label, values)
+def _of_process(caches):
+    """The reading that knows MLX's memory: with other backends it is 0."""
+    if not caches:
+        return {}
+    return {(): max(caches.values(), key=lambda reading: reading.stats.mlx_peak_bytes)}
 
 
-def _counter(name, unit, text, values, label=""):
-    return Metric(f"kvcache.{name}", COUNTER, unit, text, label, values)
-
-
-class Reading(NamedTuple):
-    """What the rows of `METRICS` are given: the statistics, and how much of what may be promised is."""
-
-    stats: object
-    promised: float
-
-
-METRICS = (
-    _gauge("memory.arena", "By", "Size of the arena.", lambda now: now.stats.arena_bytes),
-    _gauge("memory.used", "By", "Bytes of blocks that are held.", lambda now: now.stats.allocated_bytes),
-    _gauge("memory.free", "By", "Bytes of blocks that nobody holds.", lambda now: now.stats.free_bytes),
-    _gauge("sequences", "{sequence}", "Live sequences.", lambda now: now.stats.num_sequences),
-    _gauge("blocks.arena", "{block}", "Blocks of the arena.", lambda now: now.stats.total_blocks),
-    _gauge("blocks.used", "{block}", "Blocks that are held.", lambda now: now.stats.used_blocks),
-    _gauge("blocks.free", "{block}", "Blocks that nobody holds.", lambda now: now.stats.free_blocks),
-    _gauge(
-        "blocks.cached",
-        "{block}",
-        "Free blocks whose content may be found again.",
-        lambda now: now.stats.cached_blocks,
-    ),
-    _gauge(
-        "blocks.claimed",
-        "{block}",
-        "Blocks promised to live sequences beyond what they hold.",
-        lambda now: now.stats.claimed_blocks,
-    ),
-    _gauge(
-        "blocks.waiting",
-        "{block}",
-        "Used blocks that are free when the last hold ends.",
-        lambda now: now.stats.waiting_blocks,
-    ),
-    _gauge(
-        "blocks.largest_run",
-        "{block}",
-        "Blocks of the longest run of free ones.",
-        lambda now: now.stats.largest_free_run,
-    ),
-    _gauge(
-        "fragmentation",
-        "1",
-        "Part of the free blocks outside the longest run.",
-        lambda now: now.stats.fragmentation,
-    ),
-    _gauge(
-        "promised",
-        "1",
-        "Part of what may be promised that is held or claimed, 0 without a bound.",
-        lambda now: now.promised,
-    ),
-    _gauge(
-        "blocks.used.peak",
-        "{block}",
-        "Most blocks held at once, since the start or the last reset of peaks.",
-        lambda now: {"start": now.stats.peak_used_blocks, "reset": now.stats.recent_peak_used_blocks},
-        "since",
-    ),
-    _gauge(
-        "sequences.peak",
-        "{sequence}",
-        "Most sequences at once, since the start or the last reset of peaks.",
-        lambda now: {"start": now.stats.peak_sequences, "reset": now.stats.recent_peak_sequences},
-        "since",
-    ),
-    _gauge(
-        "blocks.claimed.peak",
-        "{block}",
-        "Most blocks promised at once, since the start or the last reset of peaks.",
-        lambda now: {"start": now.stats.peak_claimed_blocks, "reset": now.stats.recent_peak_claimed_blocks},
-        "since",
-    ),
-    _gauge(
-        "longest_pause_tokens",
-        "{token}",
-        "Most used tokens that one call has moved.",
-        lambda now: now.stats.longest_pause_tokens,
-    ),
-    _counter(
-        "admissions",
-        "{sequence}",
-        "Sequences that have begun, forks included.",
-        lambda now: now.stats.admissions,
-    ),
-    _counter("frees", "{sequence}", "Sequences that have ended.", lambda now: now.stats.frees),
-    _counter(
-        "refusals",
-        "{refusal}",
-        "Requests that were answered with not now, by cause.",
-        lambda now: {
-            "arena_full": now.stats.refused_arena_full,
-            "promises": now.stats.refused_promises,
-            "growth": now.stats.refused_growth,
-            "past_limit": now.stats.refused_past_limit,
+TABLES = (
+    Table(METRICS, ("cache",), lambda caches: {(name,): reading for name, reading in caches.items()}),
+    Table(PROCESS_METRICS, (), _of_process),
+    Table(
+        QUEUE_METRICS,
+        ("cache", "queue"),
+        lambda caches: {
+            (name, queue.name): queue for name, reading in caches.items() for queue in reading.queues
         },
-        "cause",
     ),
-    _counter("moves", "{move}", "Runs moved to another place.", lambda now: now.stats.moves),
-    _counter("moved_tokens", "{token}", "Used tokens in runs moved.", lambda now: now.stats.moved_tokens),
-    _counter("moved", "By", "Bytes of used tokens moved.", lambda now: now.stats.moved_bytes),
-    _counter(
-        "copied_tokens",
-        "{token}",
-        "Tokens copied by forks and copies on write.",
-        lambda now: now.stats.copied_tokens,
-    ),
-    _counter(
-        "spills",
-        "{spill}",
-        "Times that a sequence was given blocks apart from its run.",
-        lambda now: now.stats.spills,
-    ),
-    _counter(
-        "heals",
-        "{heal}",
-        "Times that a scattered sequence became one run again.",
-        lambda now: now.stats.heals,
-    ),
-    _counter(
-        "arena_copies",
-        "{copy}",
-        "Times that MLX copied a plane where it should write in place.",
-        lambda now: now.stats.arena_copies,
-    ),
-    Metric(
-        "kvcache.admission.duration",
-        HISTOGRAM,
-        "s",
-        "Time until admission; what neither waited nor moved counts as within the first bound, and 0 in the sum.",
-        "",
-        lambda now: (now.stats.admission_latencies, now.stats.admission_seconds),
-    ),
-)
-
-PROCESS_METRICS = (  # of the whole process: once, without a cache's label
-    _gauge("mlx.active", "By", "MLX memory in use, arenas included.", lambda now: now.stats.mlx_active_bytes),
-    _gauge("mlx.peak", "By", "Most MLX memory in use at once.", lambda now: now.stats.mlx_peak_bytes),
-    _gauge("mlx.cache", "By", "MLX memory kept for reuse.", lambda now: now.stats.mlx_cache_bytes),
 )
 
 
@@ -239,7 +113,7 @@ class CacheMetrics:
             return self._caches.pop(name, None) is not None
 
     def extend(self, rows, read):
-        """Export more than the caches: queues before them, for example. Before `instrument`, with OpenTelemetry.
+        """Export more than caches and their queues: what an engine counts itself. Before `instrument`.
 
         Parameters
         ----------
@@ -251,11 +125,12 @@ class CacheMetrics:
             self._further.append((tuple(rows), read))
 
     def tables(self):
-        """What is exported: of each table its rows, whether they have the label ``cache``, and what reads them."""
-        yield METRICS, True, self.read
-        yield PROCESS_METRICS, False, self.read
+        """What is exported, table by table."""
+        yield from TABLES
         for rows, read in tuple(self._further):
-            yield rows, True, read
+            yield Table(
+                rows, ("cache",), lambda _, read=read: {(name,): each for name, each in read().items()}
+            )
 
     def read(self):
         """Look at every cache, and for what an operator should hear of.
@@ -270,8 +145,8 @@ class CacheMetrics:
         for name, cache in there.items():
             try:
                 if cache is not None:
-                    stats = cache.stats()
-                    found[name] = Reading(stats, promised_part(stats, cache.overcommit))
+                    stats, queues = cache.stats(), tuple([queue.stats() for queue in cache.queues])
+                    found[name] = Reading(stats, promised_part(stats, cache.overcommit), queues)
                     cache.check_health()
             except CacheClosed:
                 continue
@@ -279,20 +154,17 @@ class CacheMetrics:
 
     def describe(self):
         """For a Prometheus registry: the families without samples."""
-        return [_family(metric, of_cache) for rows, of_cache, _ in self.tables() for metric in rows]
+        return [_family(metric, table.labels) for table in self.tables() for metric in table.rows]
 
     def collect(self):
         """For a Prometheus registry: the families, from one look at each cache."""
         caches = self.read()
-        for rows, of_cache, read in self.tables():
-            readings = caches if read == self.read else read()
-            for metric in rows:
-                family = _family(metric, of_cache)
-                if of_cache:
-                    for name, reading in readings.items():
-                        _add(family, metric, (name,), metric.values(reading))
-                elif readings:
-                    _add(family, metric, (), metric.values(_of_process(readings)))
+        for table in self.tables():
+            readings = table.readings(caches)
+            for metric in table.rows:
+                family = _family(metric, table.labels)
+                for own, reading in readings.items():
+                    _add(family, metric, own, reading)
                 yield family
 
     def moment(self):
@@ -304,36 +176,28 @@ class CacheMetrics:
         return seen[1]
 
 
-def _of_process(readings):
-    """The reading that knows MLX's memory: with other backends it is 0."""
-    return max(readings.values(), key=lambda reading: reading.stats.mlx_peak_bytes)
-
-
 # ---- Prometheus
 
 
-def _family(metric, of_cache):
+def _family(metric, own_labels):
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
     kinds = {GAUGE: GaugeMetricFamily, COUNTER: CounterMetricFamily, HISTOGRAM: HistogramMetricFamily}
-    labels = [*(("cache",) if of_cache else ()), *((metric.label,) if metric.label else ())]
-    return kinds[metric.kind](metric.prometheus_name, metric.help, labels=labels)
+    return kinds[metric.kind](metric.prometheus_name, metric.help, labels=[*own_labels, *metric.labels])
 
 
-def _add(family, metric, labels, values):
+def _add(family, metric, own, reading):
     if metric.kind == HISTOGRAM:
-        counts, seconds = values
-        family.add_metric(labels, buckets=list(_cumulative(counts)), sum_value=seconds)
-    elif metric.label:
-        for label, value in values.items():
-            family.add_metric((*labels, label), value)
-    else:
-        family.add_metric(labels, values)
+        bounds, counts, total = metric.values(reading)
+        family.add_metric(own, buckets=list(_cumulative(bounds, counts)), sum_value=total)
+        return
+    for labels, value in metric.samples(reading):
+        family.add_metric((*own, *labels), value)
 
 
-def _cumulative(counts):
+def _cumulative(bounds, counts):
     within = 0
-    for bound, count in zip((*LATENCY_BOUNDS, float("inf")), counts, strict=True):
+    for bound, count in zip((*bounds, float("inf")), counts, strict=True):
         within += count
         yield "+Inf" if bound == float("inf") else repr(bound), within
 
@@ -416,13 +280,12 @@ def instrument(cache, name="default", meter_provider=None, metrics=None):
         made.instrumented = True
 
         meter = get_meter("kvcache", meter_provider=meter_provider)
-        for rows, of_cache, read in made.tables():
-            look = made.moment if read == made.read else read
-            for row in (row for metric in rows for row in _without_histograms(metric)):
+        for table in made.tables():
+            for row in (row for metric in table.rows for row in _without_histograms(metric)):
                 make = (
                     meter.create_observable_counter if row.kind == COUNTER else meter.create_observable_gauge
                 )
-                make(row.name, [_callback(look, row, of_cache)], unit=row.unit, description=row.help)
+                make(row.name, [_callback(made.moment, row, table)], unit=row.unit, description=row.help)
     return made
 
 
@@ -435,29 +298,25 @@ def _without_histograms(metric):
             kind=COUNTER,
             unit="{sequence}",
             label="le",
-            values=lambda now: dict(_cumulative(metric.values(now)[0])),
+            values=lambda now: dict(_cumulative(*metric.values(now)[:2])),
         ),
         metric._replace(
             name=f"{metric.name}.count",
             kind=COUNTER,
             unit="{sequence}",
-            values=lambda now: sum(metric.values(now)[0]),
+            values=lambda now: sum(metric.values(now)[1]),
         ),
-        metric._replace(name=f"{metric.name}.sum", kind=COUNTER, values=lambda now: metric.values(now)[1]),
+        metric._replace(name=f"{metric.name}.sum", kind=COUNTER, values=lambda now: metric.values(now)[2]),
     )
 
 
-def _callback(look, metric, of_cache):
+def _callback(look, metric, table):
     def observe(_options):
         from opentelemetry.metrics import Observation
 
-        readings = look()
-        if not of_cache:
-            readings = {"": _of_process(readings)} if readings else {}
-        for name, reading in readings.items():
-            own = {"cache": name} if of_cache else {}
-            values = metric.values(reading)
-            for label, value in values.items() if metric.label else (("", values),):
-                yield Observation(value, own | ({metric.label: label} if metric.label else {}))
+        for own, reading in table.readings(look()).items():
+            fixed = dict(zip(table.labels, own, strict=True))
+            for labels, value in metric.samples(reading):
+                yield Observation(value, fixed | dict(zip(metric.labels, labels, strict=True)))
 
     return observe

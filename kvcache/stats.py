@@ -4,14 +4,14 @@ from typing import NamedTuple
 
 MB = 1024 * 1024
 LATENCY_BOUNDS = tuple(4**power / 1e6 for power in range(12))  # seconds: 1 µs to 4.2 s
-NOT_COMPARED = 31  # fields at the end, after waiting_blocks
+NOT_COMPARED = 33  # fields at the end, after waiting_blocks
 
 
 class CacheStats(NamedTuple):
     """One moment of a cache. Equal to another as long as nothing has changed.
 
-    Counts of admissions, frees and refusals, latencies, MLX's memory, and peaks other than `peak_used_blocks` take no
-    part in that.
+    Counts of admissions, frees and refusals, latencies, MLX's memory, queues, and peaks other than `peak_used_blocks`
+    take no part in that.
 
     Attributes
     ----------
@@ -77,6 +77,10 @@ class CacheStats(NamedTuple):
         Sequences that are suspended or on their way. Those that hold blocks meanwhile are among `num_sequences`.
     corrupt_chunks : int
         Chunks that came back from a store as something else than what had been put there.
+    waiting_requests : int
+        Requests that wait in the queues before the cache.
+    oldest_wait : float
+        How long the first of them has waited, in units of its queue's clock; 0.0 where none does.
     """
 
     num_sequences: int
@@ -134,6 +138,8 @@ class CacheStats(NamedTuple):
     mlx_cache_bytes: int
     suspended_sequences: int
     corrupt_chunks: int
+    waiting_requests: int
+    oldest_wait: float
 
     def _compared(self):
         return tuple(self)[:-NOT_COMPARED]

@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 import weakref
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from kvcache.health import promised_part
 
 MOST_CELLS = 2048  # of the block map
 MOST_SEQUENCES = 200  # the oldest
+MOST_QUEUES = 16
+MOST_TENANTS = 20  # of a queue, those of whom most wait
 MOST_CHARACTERS = 80  # of a request id
 MOST_CLIENTS = 8  # at once; who comes then is turned away
 CLIENT_SECONDS = 5.0  # that a client may keep us waiting
@@ -57,6 +60,29 @@ def snapshot(cache):
         "findings": [finding.message for finding in cache.check_health()],
         "block_map": {"blocks_per_cell": per_cell, "cells": cells.tolist()},
         "sequences": list(_sequences(cache, owners)),
+        "queues": [_queue(queue.stats()) for queue in cache.queues[:MOST_QUEUES]],
+    }
+
+
+def _queue(stats):
+    """A `QueueStats`, with counts of all tenants, and the tenants of whom most wait."""
+    tenants = stats.tenants
+    refused = Counter()
+    for tenant in tenants.values():
+        refused.update(tenant.refused)
+    busiest = sorted(tenants, key=lambda name: (-tenants[name].waiting, -tenants[name].granted, name))
+    return {
+        "name": _shown(stats.name),
+        "waiting": stats.waiting,
+        "oldest_age": stats.oldest_age,
+        "warn_after": stats.warn_after,
+        "granted": sum(tenant.granted for tenant in tenants.values()),
+        "failed": sum(tenant.failed for tenant in tenants.values()),
+        "refused": dict(refused),
+        "grown": sum(tenant.grown for tenant in tenants.values()),
+        "growth_refused": sum(sum(tenant.growth_refused.values()) for tenant in tenants.values()),
+        "evicted": sum(tenant.evicted for tenant in tenants.values()),
+        "tenants": [{"name": name, **tenants[name]._asdict()} for name in busiest[:MOST_TENANTS]],
     }
 
 

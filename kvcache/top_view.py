@@ -12,6 +12,14 @@ from kvcache.block_map import FREE, SHARED, WAITING, colours_of
 
 MIB = 2**20
 MOST_ROWS = 12  # of sequences
+MOST_TENANTS = 3  # of a queue
+OUTCOMES = (  # of a queue's requests: heading, and which of the counts
+    ("granted", lambda queue: queue["granted"]),
+    ("timed out", lambda queue: queue["refused"].get("timeout", 0)),
+    ("cancelled", lambda queue: queue["refused"].get("cancelled", 0)),
+    ("refused", lambda queue: sum(queue["refused"].values()) - _ended_waiting(queue) + queue["failed"]),
+    ("evicted", lambda queue: queue["evicted"]),
+)
 LEGEND = "· free, ░ waits for a hold, ▒ shared"
 RATES = (
     ("admitted", "admissions"),
@@ -39,6 +47,8 @@ def frame(now, last, width):
     parts = [_arena(now), Text(), _map(now["block_map"]["cells"], max(16, width - 4)), Text()]
     parts += [Text(f"! {finding}", style="yellow") for finding in now["findings"]]
     parts.append(_columns(_rates(now, last), _sequences(now)))
+    if now.get("queues"):
+        parts += [Text(), _queues(now, last)]
     title = f"kvcache {now['kvcache']}, process {now['pid']}, {now['placement']}, {now['backend']}"
     return Panel(Group(*parts), title=Text(title), border_style="dim")
 
@@ -112,7 +122,7 @@ def _sequences(now):
     shown = now["sequences"][:MOST_ROWS]
     for each in shown:
         name = Text("█ ", style="dim" if each["place"] is None else _style(each["place"]))
-        name.append("".join(c if c.isprintable() else "?" for c in each["id"]), style="default")
+        name.append(_printable(each["id"]).plain, style="default")
         state = "" if each["contiguous"] else "scattered"
         table.add_row(name, f"{each['tokens']:,}", f"{each['limit']:,}", state)
     more = now["stats"]["num_sequences"] - len(shown)
@@ -125,3 +135,38 @@ def _columns(left, right):
     both = Table.grid(padding=(0, 3))
     both.add_row(left, right)
     return both
+
+
+def _ended_waiting(queue):
+    return queue["refused"].get("timeout", 0) + queue["refused"].get("cancelled", 0)
+
+
+def _queues(now, last):
+    """A line for each queue, and below it the tenants of whom most wait."""
+    table = Table(show_edge=False, pad_edge=False, box=None)
+    for heading in ("queue", "waiting", "oldest", *[name for name, _ in OUTCOMES]):
+        table.add_column(heading, justify="left" if heading == "queue" else "right", no_wrap=True)
+    before = {queue["name"]: queue for queue in last.get("queues", ())} if last else {}
+    seconds = now["seconds"] - last["seconds"] if last else 0
+    for queue in now["queues"]:
+        old = queue["warn_after"] is not None and queue["oldest_age"] > queue["warn_after"]
+        age = Text(_age(queue), style="yellow" if old else "")
+        counts = [f"{count(queue):,}" for _, count in OUTCOMES]
+        table.add_row(_printable(queue["name"]), f"{queue['waiting']:,}", age, *counts)
+        if queue["name"] in before and seconds > 0:
+            then = before[queue["name"]]
+            rates = [f"{(count(queue) - count(then)) / seconds:,.1f}" for _, count in OUTCOMES]
+            table.add_row("  per second", "", "", *rates, style="dim")
+        for tenant in queue["tenants"][:MOST_TENANTS] if len(queue["tenants"]) > 1 else ():
+            name = Text("  ").append_text(_printable(tenant["name"] or "(no tenant)"))
+            counts = [f"{count(tenant):,}" for _, count in OUTCOMES]
+            table.add_row(name, f"{tenant['waiting']:,}", _age(tenant), *counts, style="dim")
+    return table
+
+
+def _age(each):
+    return f"{each['oldest_age']:.1f} s" if each["waiting"] else ""
+
+
+def _printable(text):
+    return Text("".join(c if c.isprintable() else "?" for c in text))

@@ -31,6 +31,7 @@ class Waiter:
         "request_id",
         "since",
         "sleeper",
+        "tally",  # where its outcome is counted
         "tenant",
         "tokens",
         "total",  # blocks needed up to `least`
@@ -40,7 +41,9 @@ class Waiter:
         self.request_id = request_id
         self.sleeper = sleeper
         self.prompt = self.max_tokens = self.max_new_tokens = None
-        self.tenant = self.on_evict = self.line = self.lease = self.error = self.reason = self.deadline = None
+        self.tally = self.tenant = self.on_evict = self.line = self.lease = self.error = self.reason = (
+            self.deadline
+        ) = None
         self.count = self.overtaken = self.priority = self.total = self.first = self.place = 0
         self.tokens = self.limit = self.least = self.number = 0
         self.since = 0.0

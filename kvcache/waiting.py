@@ -12,10 +12,11 @@ NEVER = 2**62  # more blocks than there can be
 class Tenant:
     """What one tenant holds and may hold, in blocks; negative limits: none."""
 
-    __slots__ = ("blocks", "most_blocks", "most_sequences", "name", "sequences", "waiting")
+    __slots__ = ("blocks", "most_blocks", "most_sequences", "name", "sequences", "tally", "waiting")
 
-    def __init__(self, name, most_blocks=NEVER, most_sequences=NEVER):
+    def __init__(self, name, tally, most_blocks=NEVER, most_sequences=NEVER):
         self.name = name
+        self.tally = tally
         self.most_blocks, self.most_sequences = most_blocks, most_sequences
         self.blocks = self.sequences = self.waiting = 0
 
@@ -112,6 +113,20 @@ class Waiters:
         for line in list(self.lines.values()):
             yield from [each for each in line.places if each is not None]
         yield from [each for each in self.front if each.line is None]
+
+    def oldest(self):
+        """When the one that has waited longest came; None where nobody waits. Read without the queue's lock."""
+        return min([since for _, _, since in self.by_tally()], default=None)
+
+    def by_tally(self):
+        """Name of a tally, how many of its tenants' wait, and since when: a line each, then each of the front."""
+        for line in list(self.lines.values()):
+            head, count = line.head, line.count
+            if head is not None and count:
+                yield line.tenant.tally.name, count, head.since
+        for each in list(self.front):
+            if each.line is None:
+                yield each.tally.name, 1, each.since
 
     def add(self, waiter):
         """At the end of its line."""

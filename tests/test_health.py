@@ -5,8 +5,10 @@ import math
 import types
 
 import pytest
+from crowd import Crowd
 
 from kvcache import CacheClosed
+from kvcache.admission import AllocationQueue, Wait
 from kvcache.health import Watch
 
 
@@ -80,7 +82,7 @@ def test_a_copy_of_the_arena_is_told_once_for_each_that_is_new(make_cache, told)
     cache = make_cache()
     watch, now = watched()
     stats = cache.stats()
-    fake = types.SimpleNamespace(placement="contiguous", overcommit=1.0)
+    fake = types.SimpleNamespace(placement="contiguous", overcommit=1.0, queues=())
     for copies, found in ((1, True), (1, False), (3, True)):
         fake.stats = lambda copies=copies: stats._replace(arena_copies=copies)
         assert bool(watch.look(fake)) is found
@@ -113,6 +115,58 @@ def test_kinds_do_not_silence_each_other(make_cache, told):
     scattered(cache, 2)
     watch.look(cache)
     assert len(told()) == 2
+
+
+def test_a_queue_whose_oldest_waiter_is_older_than_its_limit_is_a_warning(make_cache, told):
+    cache = make_cache(1, 1, 4, 64, 4, overcommit=2.0)
+    clients = Crowd(cache, Wait(), name="chat", warn_after=10.0)
+    clients.ask("a", 64)
+    clients.ask("b", 8)
+    clients.pass_time(10.0)
+    assert cache.check_health() == ()
+    clients.pass_time(0.5)
+    assert kinds(cache.check_health()) == ["queue"]
+    ((level, message),) = told()
+    assert level == "WARNING"
+    for part in ("'chat'", "oldest of 1", "10.5 s", "more than 10 s", "0 blocks are free"):
+        assert part in message
+    clients.free("a")
+    assert cache.check_health() == ()
+    clients.close()
+
+
+def test_a_queue_that_never_warns_and_one_that_has_nobody_are_not_spoken_of(make_cache):
+    cache = make_cache(1, 1, 4, 64, 4, overcommit=2.0)
+    clients = Crowd(cache, Wait(), warn_after=None)
+    AllocationQueue(cache, warn_after=1e-9)
+    clients.ask("a", 64)
+    clients.ask("b", 8)
+    clients.pass_time(1e9)
+    assert cache.check_health() == ()
+    clients.close()
+
+
+def test_queues_do_not_silence_each_other(make_cache, told):
+    cache = make_cache(1, 1, 4, 64, 4, overcommit=2.0)
+    crowds = [Crowd(cache, Wait(), name=name) for name in ("one", "two")]
+    assert cache.allocate_for("a", 64)
+    for clients in crowds:
+        clients.ask(clients.queue.name, 8)
+        clients.pass_time(31.0)
+    watch, now = watched()
+    for second in (0.0, 1.0, 60.0):
+        now[0] = second
+        assert [(each.kind, each.subject) for each in watch.look(cache)] == [
+            ("queue", "one"),
+            ("queue", "two"),
+        ]
+    assert ["'one'" in message for _, message in told()] == [True, False, True, False]
+    assert [message.count("found 1 more") for _, message in told()] == [0, 0, 1, 1]
+    cache.free_for("a")
+    for clients in crowds:
+        clients.settle()
+    for clients in crowds:
+        clients.close()
 
 
 def test_a_closed_cache_says_so(make_cache):

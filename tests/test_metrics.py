@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 from kvcache import metrics
+from kvcache.admission import AllocationQueue, Reject, Wait
 from kvcache.metrics import (
     COUNTER,
     GAUGE,
     HISTOGRAM,
     METRICS,
     PROCESS_METRICS,
+    QUEUE_METRICS,
     SUFFIXES,
     CacheMetrics,
     Metric,
@@ -23,7 +25,7 @@ from kvcache.metrics import (
 prometheus_client = pytest.importorskip("prometheus_client")
 
 DOCS = Path(__file__).parents[1] / "docs"
-EVERY = (*METRICS, *PROCESS_METRICS)
+EVERY = (*METRICS, *PROCESS_METRICS, *QUEUE_METRICS)
 
 
 @pytest.fixture
@@ -139,6 +141,7 @@ def test_the_text_is_what_a_server_sends(make_cache, registry):
     from prometheus_client.parser import text_string_to_metric_families
 
     cache = make_cache()
+    AllocationQueue(cache)
     metrics.register(cache, "main", registry)
     text = prometheus_client.generate_latest(registry).decode()
     kinds = {family.name: family.type for family in text_string_to_metric_families(text)}
@@ -177,6 +180,63 @@ def test_queues_and_the_like_may_stand_beside_the_caches(make_cache, registry, t
     exported.extend(rows, lambda: {"main": 8})
     metrics.instrument(make_cache(), "main", provider, exported)
     assert collect()["kvcache.queue.length", ("cache", "main")] == 8
+
+
+# ---- queues
+
+
+@pytest.fixture
+def waited_for(make_cache):
+    """A cache of which "t" has all, with two queues; in the first a thread waits, and somebody was refused."""
+    cache = make_cache()
+    now = [0.0]
+    queue = AllocationQueue(cache, Wait(), name="chat", warn_after=20.0, clock=lambda: now[0])
+    AllocationQueue(cache, name="batch", warn_after=None)
+    lease = queue.allocate("a", 60, tenant="t")
+    thread = threading.Thread(target=lambda: queue.allocate("b", 8))
+    thread.start()
+    while not len(queue):
+        pass
+    now[0] = 7.5
+    queue.allocate("c", 20, strategy=Reject())
+    yield cache
+    lease.free()
+    thread.join(30)
+    assert cache.free_for("b")
+
+
+def test_queues_are_told_by_cache_queue_and_tenant(waited_for, registry):
+    metrics.register(waited_for, "main", registry)
+    seen = scraped(registry)
+    chat, batch = (("cache", "main"), ("queue", "chat")), (("cache", "main"), ("queue", "batch"))
+    nobody, tenant = ("tenant", ""), ("tenant", "t")
+    assert seen[("kvcache_queue_waiting", *chat, nobody)] == 1
+    assert (
+        seen[("kvcache_queue_waiting", *chat, tenant)] == seen[("kvcache_queue_waiting", *batch, nobody)] == 0
+    )
+    assert seen[("kvcache_queue_oldest_age_seconds", *chat, nobody)] == 7.5
+    assert seen[("kvcache_queue_warn_after_seconds", *chat)] == 20.0
+    assert seen[("kvcache_queue_warn_after_seconds", *batch)] == float("inf")
+    assert seen[("kvcache_queue_blocks", *chat, tenant)] == 15
+    outcomes = {
+        key[2]: value
+        for key, value in seen.items()
+        if key[0] == "kvcache_queue_requests_total" and chat[1] in key and nobody in key and value
+    }
+    assert outcomes == {("outcome", "arena_full"): 1}
+    assert seen["kvcache_queue_requests_total", chat[0], ("outcome", "granted"), chat[1], tenant] == 1
+    assert seen["kvcache_queue_wait_seconds_bucket", chat[0], ("le", "0.001"), chat[1]] == 1
+
+
+def test_a_queue_that_is_closed_is_no_longer_told_of(make_cache, registry):
+    cache = make_cache()
+    metrics.register(cache, "main", registry)
+    queue = AllocationQueue(cache)
+    assert ("kvcache_queue_waiting", ("cache", "main"), ("queue", "default"), ("tenant", "")) in scraped(
+        registry
+    )
+    queue.close()
+    assert not [key for key in scraped(registry) if key[0].startswith("kvcache_queue")]
 
 
 # ---- names
@@ -259,17 +319,24 @@ def test_opentelemetry_is_told_the_same(make_cache, registry, telemetry):
     provider, collect = telemetry
     cache = make_cache()
     cache.allocate_for("a", 9, max_tokens=20)
+    queue = AllocationQueue(cache)
+    queue.allocate("b", 9, tenant="t")
+    queue.allocate("c", 60)
     metrics.register(cache, "main", registry)
     metrics.instrument(cache, "main", provider)
     points, samples = collect(), scraped(registry)
-    for metric in METRICS:
+    for metric in (*METRICS, *QUEUE_METRICS):
         if metric.kind != HISTOGRAM:
             told = {key[1:]: value for key, value in points.items() if key[0] == metric.name}
             assert told and told == {
                 key[1:]: value for key, value in samples.items() if key[0] == metric.prometheus_name
             }
     name, label = "kvcache.admission.duration", ("cache", "main")
-    assert points[f"{name}.bucket", label, ("le", "1e-06")] == points[f"{name}.count", label] == 1
+    assert points[f"{name}.bucket", label, ("le", "1e-06")] == points[f"{name}.count", label] == 2
+    name, labels = "kvcache.queue.wait", (label, ("queue", "default"))
+    assert (
+        points[(f"{name}.count", *labels)] == points[f"{name}.bucket", label, ("le", "0.001"), labels[1]] == 1
+    )
 
 
 def test_opentelemetry_skips_a_closed_cache_and_takes_a_second(make_cache, telemetry):

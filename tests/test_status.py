@@ -10,9 +10,19 @@ import time
 from contextlib import suppress
 
 import pytest
+from crowd import Crowd
 
 from kvcache import CacheClosed, KVCache, KVCacheError
-from kvcache.status import MOST_CELLS, MOST_CHARACTERS, MOST_CLIENTS, MOST_SEQUENCES, is_loopback
+from kvcache.admission import AllocationQueue, Reject, Wait
+from kvcache.status import (
+    MOST_CELLS,
+    MOST_CHARACTERS,
+    MOST_CLIENTS,
+    MOST_QUEUES,
+    MOST_SEQUENCES,
+    MOST_TENANTS,
+    is_loopback,
+)
 
 PATIENCE = 10.0
 
@@ -98,6 +108,40 @@ def test_scattered_and_empty_sequences_are_told_too(make_cache, placement):
     seen = {each["id"]: each for each in told(cache.serve_status())["sequences"]}
     assert seen["scattered"]["contiguous"] is False and seen["scattered"]["place"] is not None
     assert seen["1"]["place"] is None
+
+
+def test_queues_are_told_with_the_tenants_of_whom_most_wait(make_cache):
+    cache = make_cache(1, 1, 4, 64, 4)
+    clients = Crowd(cache, Wait(), name="chat", warn_after=2.0)
+    AllocationQueue(cache)
+    clients.ask("a", 64, tenant="holder")
+    for number in range(3):
+        clients.ask(number, 8, tenant="waits")
+    clients.ask("refused", 8, strategy=Reject())
+    clients.pass_time(2.5)
+    seen = told(cache.serve_status())
+    chat, other = seen["queues"]
+    assert (chat["name"], chat["waiting"], chat["oldest_age"], chat["warn_after"]) == ("chat", 3, 2.5, 2.0)
+    assert (chat["granted"], chat["refused"]["arena_full"], chat["evicted"]) == (1, 1, 0)
+    assert [(each["name"], each["waiting"]) for each in chat["tenants"]] == [
+        ("waits", 3),
+        ("holder", 0),
+        ("", 0),
+    ]
+    assert (other["name"], other["waiting"], other["oldest_age"]) == ("default", 0, 0.0)
+    assert (seen["stats"]["waiting_requests"], seen["stats"]["oldest_wait"]) == (3, 2.5)
+    clients.close()
+
+
+def test_queues_and_tenants_that_are_told_are_bounded(make_cache):
+    cache = make_cache()
+    queues = [AllocationQueue(cache, name="n" * 500 + str(number)) for number in range(MOST_QUEUES + 2)]
+    for number in range(200):
+        queues[0].allocate(number, 1, tenant=f"{number} " + "t" * 500).free()
+    seen = told(cache.serve_status())["queues"]
+    assert len(seen) == MOST_QUEUES and len(seen[0]["tenants"]) == MOST_TENANTS
+    assert max(len(each["name"]) for each in (*seen, *seen[0]["tenants"])) == MOST_CHARACTERS
+    assert seen[0]["granted"] == 200
 
 
 def test_findings_are_told(make_cache):

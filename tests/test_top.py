@@ -5,8 +5,11 @@ import json
 import socket
 import threading
 
+import numpy as np
 import pytest
+from crowd import Crowd
 
+from kvcache.admission import AllocationQueue, Reject, Wait
 from kvcache.cli import main
 from kvcache.status import snapshot
 
@@ -52,6 +55,50 @@ def test_json_is_the_snapshot(busy, capsys):
     assert set(json.loads(capsys.readouterr().out)) == set(snapshot(busy))
 
 
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_picture_has_a_square_of_ten_pixels_for_each_block(busy, tmp_path, dark):
+    image = pytest.importorskip("matplotlib.image")
+    with busy.hold():
+        busy.free_for("req_2")
+        file = tmp_path / "blocks.png"
+        assert (
+            main(["top", busy.serve_status().address, "--plot", str(file), *(["--dark"] if dark else [])])
+            == 0
+        )
+        expected = busy.block_map_image(64, dark=dark)
+    read = np.round(255 * image.imread(file)).astype(np.uint8)
+    assert read.shape == (10, 640, 3)
+    assert (read == expected.repeat(10, axis=0).repeat(10, axis=1)).all()
+    colours = {tuple(pixel) for pixel in read[0, :160].tolist()}
+    ground = (18, 18, 20) if dark else (255, 255, 255)
+    assert ground in colours and (128, 128, 128) in colours and len(colours) > 2
+
+
+def test_the_picture_of_a_large_arena_has_a_square_for_several_blocks(make_cache, tmp_path):
+    image = pytest.importorskip("matplotlib.image")
+    cache = make_cache(1, 1, 1, 4 * 2048, 1, backend="none")
+    cache.allocate_for("half", 4096)
+    assert main(["top", cache.serve_status().address, "--plot", str(tmp_path / "x.png")]) == 0
+    read = image.imread(tmp_path / "x.png")
+    assert read.shape == (320, 640, 3)
+    assert len(np.unique(read[:160].reshape(-1, 3), axis=0)) == 1
+    assert (read[160:] == 1.0).all() and (read[0, 0] != 1.0).any()
+
+
+def test_a_picture_and_json_are_of_one_look(busy, tmp_path, capsys):
+    file = tmp_path / "x.PNG"
+    assert main(["top", busy.serve_status().address, "--json", "--plot", str(file)]) == 0
+    assert json.loads(capsys.readouterr().out)["stats"]["used_blocks"] == 8
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name, said", [("x.svg", "ends in .png"), ("nowhere/x.png", "No such file")])
+def test_a_picture_that_cannot_be_written_is_an_error(busy, tmp_path, capsys, name, said):
+    assert main(["top", busy.serve_status().address, "--plot", str(tmp_path / name)]) == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_rates_are_differences_over_time(busy):
     last = snapshot(busy)
     busy.free_for("twin")
@@ -63,6 +110,41 @@ def test_rates_are_differences_over_time(busy):
     words = [line.split() for line in text.splitlines()]
     rates = {line[1]: line[3] for line in words if len(line) > 3}
     assert (rates["admitted"], rates["freed"], rates["moves"]) == ("2.5", "3.0", "0.0")
+
+
+def test_queues_are_shown_with_lengths_ages_and_rates(make_cache):
+    cache = make_cache(1, 1, 4, 64, 4)
+    clients = Crowd(cache, Wait(), name="chat", warn_after=2.0)
+    clients.ask("a", 64, tenant="holder")
+    last = snapshot(cache)
+    for number in range(3):
+        clients.ask(number, 8, tenant="waits")
+    for number in range(5):
+        clients.ask(("refused", number), 8, strategy=Reject())
+    clients.ask("late", 8, strategy=Wait(1.0))
+    clients.pass_time(2.5)
+    now = snapshot(cache) | {"seconds": last["seconds"] + 2.0}
+    rows = [line.strip("│ ").split() for line in pictured(now, last).splitlines()]
+    assert ["chat", "3", "2.5", "s", "1", "1", "0", "5", "0"] in rows
+    assert ["per", "second", "0.0", "0.5", "0.0", "2.5", "0.0"] in rows
+    assert ["waits", "3", "2.5", "s", "0", "0", "0", "0", "0"] in rows
+    assert ["holder", "0", "1", "0", "0", "0", "0"] in rows
+    clients.close()
+
+
+def test_a_cache_without_queues_and_a_status_without_them_have_no_such_table(busy):
+    now = snapshot(busy)
+    assert now["queues"] == [] and "oldest  " not in pictured(now)
+    del now["queues"]
+    assert "req_1" in pictured(now)
+
+
+def test_names_of_queues_and_tenants_cannot_write_to_the_terminal(make_cache):
+    cache = make_cache()
+    queue = AllocationQueue(cache, name="\x1b[2J\x07[red]q")
+    queue.allocate("a", 4, tenant="\x1b[2J[red]t")
+    text = pictured(snapshot(cache))
+    assert "\x1b" not in text and "\x07" not in text and "?[2J?[red]q" in text and "?[2J[red]t" in text
 
 
 def test_ids_cannot_write_to_the_terminal(make_cache):
