@@ -34,7 +34,7 @@ from kvcache._pool cimport (
     tail_is_kept,
     waiting_blocks,
 )
-from kvcache._reuse cimport may_name, note_ids
+from kvcache._reuse cimport begin_names, may_name, note_ids
 from kvcache._sequences cimport append, cut, mark_written, pool_unlock, ungrow
 from kvcache._sharing cimport may_copy, tail_is_shared, wish_t
 from kvcache._space cimport held, hot_t, seq_t
@@ -372,6 +372,7 @@ cdef class BatchCore(Members):
             return STALE
         if self.gone():
             return GONE
+        begin_names(pool)
         for index in range(self.size if keeps(pool) else 0):
             position, count = self.written_by(index)
             if not may_name(pool, place_of(self.handles[index]), position, &ids[self.first_of(index)], count):

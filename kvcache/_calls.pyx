@@ -37,7 +37,7 @@ from kvcache._pool cimport (
 )
 from kvcache._pins cimport forget_everything, limit_salt, pin_found, pin_live, unpin
 from kvcache._policy cimport read_clock
-from kvcache._reuse cimport may_name, note_ids
+from kvcache._reuse cimport begin_names, may_name, note_ids
 from kvcache._sequences cimport (
     append,
     change_limit,
@@ -252,6 +252,7 @@ cdef status_t pool_set_ids(pool_t *pool, handle_t handle, int64_t start, const i
     cdef status_t status = STALE
     cdef int32_t who = place_of(handle)
     kv_lock(&pool.lock)
+    begin_names(pool)
     if is_live(pool, handle):
         there[0] = pool.space.seqs[who].known if start < 0 else start
         there[1] = pool.space.hot[who].tokens

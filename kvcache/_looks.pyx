@@ -245,7 +245,7 @@ cdef class Looks(Door):
             used * block_bytes, there * block_bytes, (used + there) * block_bytes,
             max(sight.past.used, sight.peak.used),
             moves, moved, moved * token_bytes, copied, moved_cached, sight.reuse.revived_tokens,
-            sight.reuse.for_room + sight.reuse.for_quota + sight.reuse.doubles + sight.reuse.cleared,
+            sight.reuse.for_room + sight.reuse.for_quota + sight.reuse.cleared,
             spills, heals, pause, arena_copies,
             limbo, max(sight.past.live, sight.peak.live), max(sight.past.claims, sight.peak.claims),
             sight.peak.used, sight.peak.live, sight.peak.claims, sight.admissions, sight.frees,

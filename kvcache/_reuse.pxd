@@ -9,6 +9,7 @@ cdef inline int64_t block_at(const pool_t *pool, int32_t who, int64_t index) noe
     return slot_of(pool, who, index * pool.space.block_size) // pool.space.block_size
 
 cdef bint may_name(const pool_t *pool, int32_t who, int64_t start, const int32_t *ids, int64_t count) noexcept nogil
+cdef void begin_names(pool_t *pool) noexcept nogil
 cdef void note_ids(pool_t *pool, int32_t who, int64_t start, const int32_t *ids, int64_t count) noexcept nogil
 cdef void share_names(pool_t *pool, int32_t who) noexcept nogil
 cdef void index_more(pool_t *pool, int32_t who) noexcept nogil

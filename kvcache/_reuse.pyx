@@ -44,18 +44,29 @@ cdef bint may_name(const pool_t *pool, int32_t who, int64_t start, const int32_t
     return True
 
 
+cdef void begin_names(pool_t *pool) noexcept nogil:
+    """Before the first name of all: what several sequences share by then has none."""
+    cdef int64_t size = pool.space.block_size, block, at
+    if pool.space.traced or not keeps(pool):
+        return
+    pool.space.traced = True
+    for block in range(pool.space.blocks.num_blocks if pool.paged else 0):
+        for at in range(block * size, (block + 1) * size if pool.refs[block] > 1 else 0):
+            pool.index.ids[at] = UNNAMED
+
+
 cdef void note_ids(pool_t *pool, int32_t who, int64_t start, const int32_t *ids, int64_t count) noexcept nogil:
     """Says which tokens they are from `start` on. Known is an unbroken run from 0, so beyond a gap nothing is noted."""
     cdef seq_t *seq = &pool.space.seqs[who]
     cdef int64_t size = pool.space.block_size, position = start, end = start + count, length
     if not keeps(pool) or start > seq.known or end <= seq.known:
         return
+    begin_names(pool)
     while position < end:
         length = min(size - position % size, end - position)
         memcpy(&pool.index.ids[slot_of(pool, who, position)], &ids[position - start], length * sizeof(int32_t))
         position += length
     seq.known = <int32_t>end
-    pool.space.traced = True
     index_more(pool, who)
 
 

@@ -77,6 +77,7 @@ from kvcache._sharing cimport (
     share_blocks,
     tail_is_shared,
 )
+from kvcache._sight cimport longest_free
 from kvcache._space cimport (
     growth_of,
     held,
@@ -136,6 +137,8 @@ cdef status_t plan_run(pool_t *pool, int64_t blocks, int64_t growth, bint patien
     cdef status_t status
     if pool.index.pinned_blocks and reserve_splits(pool):
         return NO_MEMORY
+    if pool.num_holders and pool.index.cached_blocks:
+        return plan_beneath_hold(pool, blocks, growth)
     make_clean(pool, min(blocks + min(growth, <int64_t>ROOM_TO_GROW), free_blocks(pool)))
     if place_in_gap(&pool.space, blocks, growth):
         return OK
@@ -151,6 +154,17 @@ cdef status_t plan_run(pool_t *pool, int64_t blocks, int64_t growth, bint patien
     if status == OK and not place_by_sliding(&pool.space, blocks, growth, may_move(pool)):
         return NO_RUN
     return status
+
+
+cdef status_t plan_beneath_hold(pool_t *pool, int64_t blocks, int64_t growth) noexcept nogil:
+    """Nothing moves: as many cached blocks make room as it takes for a gap, and none if they cannot."""
+    cdef bint placed = place_in_gap(&pool.space, blocks, growth)
+    if not placed and longest_free(pool) < blocks:
+        return HELD
+    while not placed:
+        evict_some(pool, 1)
+        placed = place_in_gap(&pool.space, blocks, growth)
+    return OK
 
 
 cdef status_t may_plan(const pool_t *pool, bint patient) noexcept nogil:

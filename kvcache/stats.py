@@ -36,7 +36,7 @@ class CacheStats(NamedTuple):
     revived_tokens : int
         Tokens of hits that were continued where they were, without a copy.
     evicted_blocks : int
-        Cached blocks given away, for whatever reason.
+        Cached blocks given away whose content is lost, for whatever reason.
     spills, heals : int
         Times that a sequence was given blocks apart from its run, since a bound on moves left no other place, and
         that moves made a scattered sequence one run again.
@@ -63,8 +63,8 @@ class CacheStats(NamedTuple):
         Queries that found less than there could be: the block had never been there; it had been there; nothing is
         known under the salt; the prompt has no whole block to look for; prefixes are not kept.
     evictions_room, evictions_quota, evictions_duplicate, evictions_cleared : int
-        Evicted blocks by why: their memory was needed, their salt had too many, another block has their content,
-        `clear_prefix_cache` said so.
+        Cached blocks given away by why: their memory was needed, their salt had too many, another block has their
+        content (nothing is lost then), `clear_prefix_cache` said so.
     admission_latencies : tuple of int
         Admissions by how long they took: for each of `LATENCY_BOUNDS` those within it and beyond the one before, then
         those beyond the last. Who was admitted at once, without a wait or a move, is not timed and counted as
