@@ -52,11 +52,14 @@ def prefill(prompts, block_size, num_blocks, policy="lru"):
             del cached[victim]
             evicted += 1
         call += 1  # committed
-        new = [prefix for prefix in whole if prefix not in cached]
-        for prefix in new:
-            cached[prefix] = Entry(call)
+        for prefix in whole:
+            if prefix not in cached:
+                cached[prefix] = Entry(call)
+            elif prefix not in found:  # the last block, computed again since its last token had to be
+                cached[prefix].touched = call
+                cached[prefix].hits += 1
         call += 1  # freed
-        for prefix in [*found, *new]:
+        for prefix in whole:
             cached[prefix].touched = call
         half = halves[2 * turn >= len(prompts) - len(prompts) % 2]
         half[0] += len(found) * block_size
