@@ -4,8 +4,8 @@ import cython
 import numpy as np
 
 from cpython.buffer cimport (
+    PyBUF_C_CONTIGUOUS,
     PyBUF_FORMAT,
-    PyBUF_ND,
     PyBUF_WRITABLE,
     PyBuffer_Release,
     PyObject_CheckBuffer,
@@ -177,11 +177,11 @@ cdef bint borrow_ids(object array, ids_t *ids) except -1:
     cdef int64_t position
     cdef int32_t signs = 0
     try:
-        PyObject_GetBuffer(array, &ids.view, PyBUF_FORMAT | PyBUF_ND)
+        PyObject_GetBuffer(array, &ids.view, PyBUF_FORMAT | PyBUF_C_CONTIGUOUS)
     except (BufferError, ValueError, TypeError):
         return False
-    ids.data, ids.count = <const int32_t *>ids.view.buf, ids.view.shape[0] if ids.view.ndim == 1 else 0
-    if (ids.view.ndim == 1 and ids.view.itemsize == sizeof(int32_t)
+    ids.data, ids.count = <const int32_t *>ids.view.buf, ids.view.len // sizeof(int32_t)
+    if (ids.view.ndim == 1 and ids.view.itemsize == sizeof(int32_t) and is_dense(&ids.view)
             and (ids.view.format[0] == c"i" or sizeof(long) == sizeof(int32_t) and ids.view.format[0] == c"l")):
         for position in range(ids.count):
             signs |= ids.data[position]
@@ -191,6 +191,11 @@ cdef bint borrow_ids(object array, ids_t *ids) except -1:
     PyBuffer_Release(&ids.view)
     ids.data = NULL
     return False
+
+
+cdef inline bint is_dense(const Py_buffer *view) noexcept:
+    """MLX gives out strided buffers also where none are asked for."""
+    return view.strides == NULL or view.len <= view.itemsize or view.strides[0] == view.itemsize
 
 
 cdef int convert_ids(object prompt, ids_t *ids) except -1:
@@ -257,7 +262,7 @@ cdef object tokens_of_array(object ids):
     if ids.ndim != 1:
         raise ValueError(f"token ids must be one-dimensional, not of shape {ids.shape}")
     if ids.dtype == np.int32 and len(ids) and int(ids.min()) >= 0:
-        return ids
+        return np.ascontiguousarray(ids)
     wrong = (ids < 0) | (ids > INT32_MAX)
     if wrong.any():
         position = int(wrong.argmax())
