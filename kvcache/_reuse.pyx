@@ -74,7 +74,7 @@ cdef void share_names(pool_t *pool, int32_t who) noexcept nogil:
     """Paged, before a fork: what nobody has named yet is said to be so, since two may name it."""
     cdef const seq_t *seq = &pool.space.seqs[who]
     cdef int64_t position
-    for position in range(seq.known, pool.space.hot[who].tokens if pool.space.traced else 0):
+    for position in range(seq.known, pool.space.hot[who].tokens if keeps(pool) else 0):
         if entry_at(&pool.index, block_at(pool, who, position // pool.space.block_size)) < 0:
             pool.index.ids[slot_of(pool, who, position)] = UNNAMED
 

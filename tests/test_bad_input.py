@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
+from kvcache._ids import Tokens
 from observation import unchanged
 
 from kvcache import (
@@ -439,3 +440,160 @@ def test_a_prompt_that_shrinks_while_it_is_read_is_taken_as_it_was(make_cache):
 
     prompt = [Shrinking(), *range(1, 30)]
     assert make_cache().allocate_for("a", prompt).tokens == 30
+
+
+# ---- prefixes
+
+BY_IDS = {
+    "allocate_for": lambda cache, ids: cache.allocate_for("c", ids),
+    "probe": lambda cache, ids: cache.probe(ids),
+    "append_tokens": lambda cache, ids: cache.append_tokens("a", ids),
+    "set_tokens": lambda cache, ids: cache.set_tokens("a", ids),
+    "pin": lambda cache, ids: cache.pin(tokens=ids),
+    "batch.append": lambda cache, ids: cache.batch(["a", "b"]).append(ids, counts=1),
+    "Tokens": lambda cache, ids: Tokens(ids),
+}
+NO_IDS = {
+    "negative": ([5, -1], ValueError, "position 1"),
+    "beyond": ([2**31, 5], ValueError, "position 0"),
+    "enormous": ([5, 2**70], ValueError, "position 1"),
+    "a float": ([5, 1.0], TypeError, "position 1"),
+    "a bool": ([True, 5], TypeError, "position 0"),
+    "a NumPy bool": ([5, np.bool_(True)], TypeError, "position 1"),
+    "None": ([None, 5], TypeError, "position 0"),
+    "a negative int32": (np.array([5, -1], np.int32), ValueError, "position 1"),
+    "a negative int64": (np.array([-1, 5]), ValueError, "position 0"),
+    "a large int64": (np.array([5, 2**31]), ValueError, "position 1"),
+    "a large uint64": (np.array([5, 2**63], np.uint64), ValueError, "position 1"),
+    "floats": (np.zeros(2), TypeError, "float64"),
+    "bools": (np.zeros(2, bool), TypeError, "bool"),
+    "strings": (np.array(["1", "2"]), TypeError, "ints"),
+    "objects": (np.array([1, 2], object), TypeError, "object"),
+    "str": ("ab", TypeError, "str"),
+    "bytes": (b"ab", TypeError, "bytes"),
+    "bytearray": (bytearray(b"ab"), TypeError, "bytearray"),
+    "memoryview of bytes": (memoryview(b"ab"), TypeError, "bytes"),
+}
+
+
+@pytest.mark.parametrize(("ids", "error", "said"), NO_IDS.values(), ids=NO_IDS)
+@pytest.mark.parametrize("call", BY_IDS.values(), ids=BY_IDS)
+def test_what_is_no_token_id_is_named_and_changes_nothing(cache, call, ids, error, said):
+    assert said in str(raises(cache, error, call, cache, ids))
+
+
+@pytest.mark.parametrize("call", [BY_IDS["allocate_for"], BY_IDS["probe"], BY_IDS["append_tokens"]])
+@pytest.mark.parametrize("shape", [(2, 2), (1, 2), (2, 1)])
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_ids_in_two_dimensions_are_a_value_error(cache, call, shape, dtype):
+    raises(cache, ValueError, call, cache, np.zeros(shape, dtype))
+
+
+def test_mlx_arrays_that_are_no_ids_are_an_error(cache):
+    mx = pytest.importorskip("mlx.core")
+    for call in (BY_IDS["allocate_for"], BY_IDS["probe"], BY_IDS["append_tokens"]):
+        raises(cache, ValueError, call, cache, mx.array([1, -1]))
+        raises(cache, ValueError, call, cache, mx.zeros((2, 2), mx.int32))
+        raises(cache, TypeError, call, cache, mx.zeros(2))
+        raises(cache, TypeError, call, cache, mx.zeros(2, mx.bool_))
+
+
+def test_ids_that_are_no_ids_in_a_batch_are_refused(cache):
+    batch = cache.batch(["a", "b"])
+    batch.append()
+    for ids, error in (([1], ValueError), ([1, -1], ValueError), ([1, 1.0], TypeError), ("ab", TypeError)):
+        raises(cache, error, batch.set_tokens, ids)
+        raises(cache, error, batch.append, ids)
+
+
+def test_batch_ids_without_a_step_are_a_value_error(cache):
+    batch = cache.batch(["a", "b"])
+    raises(cache, ValueError, batch.set_tokens, [1, 2])
+
+
+@pytest.mark.parametrize("salt", [[], {}, {"a"}, np.zeros(2), ([],)], ids=str)
+def test_an_unhashable_salt_is_a_type_error(cache, salt):
+    raises(cache, TypeError, cache.allocate_for, "c", [1, 2, 3, 4, 5], salt=salt)
+    raises(cache, TypeError, cache.allocate_for, "c", 5, salt=salt)
+    raises(cache, TypeError, cache.probe, [1, 2, 3, 4, 5], salt=salt)
+    raises(cache, TypeError, cache.pin, tokens=[1, 2, 3, 4, 5], salt=salt)
+    raises(cache, TypeError, cache.unpin, tokens=[1, 2, 3, 4, 5], salt=salt)
+    raises(cache, TypeError, cache.set_quota, salt, 100)
+
+
+@pytest.mark.parametrize("form", [list, np.array, Tokens])
+def test_a_prompt_of_ids_that_exceeds_the_arena_never_fits(cache, form):
+    error = raises(cache, RequestTooLarge, cache.allocate_for, "c", form(range(65)))
+    assert (error.what, error.tokens, error.blocks_needed, error.num_blocks) == ("prompt", 65, 17, 16)
+    raises(cache, RequestTooLarge, cache.probe, form(range(65)))
+    error = raises(cache, RequestTooLarge, cache.pin, tokens=form(range(65)))
+    assert (error.tokens, error.blocks_needed, error.num_blocks) == (65, 17, 16)
+
+
+def test_ids_beyond_the_limit_are_an_error_before_admission(cache):
+    raises(cache, ValueError, cache.allocate_for, "c", [1, 2, 3, 4, 5, 6], max_tokens=5)
+    raises(cache, RequestTooLarge, cache.allocate_for, "c", [1, 2], max_tokens=65)
+    raises(cache, TypeError, cache.allocate_for, "c", [1, 2], max_tokens=8, max_new_tokens=4)
+    with unchanged(cache):
+        assert cache.append_tokens("a", list(range(7))) is False
+
+
+@pytest.mark.parametrize("priority", [None, 1.0, "1", True, [1]])
+def test_a_priority_that_is_no_int_is_a_type_error(cache, priority):
+    raises(cache, TypeError, cache.allocate_for, "c", [1, 2], priority=priority)
+
+
+@pytest.mark.parametrize(
+    ("ttl", "error"),
+    [(0, ValueError), (-1.0, ValueError), (float("nan"), ValueError), ("1", TypeError), (True, TypeError)],
+)
+def test_a_time_to_live_that_is_none_is_an_error(cache, ttl, error):
+    raises(cache, error, cache.allocate_for, "c", [1, 2], ttl=ttl)
+
+
+def test_names_that_the_sequence_has_no_tokens_for_are_a_value_error(cache):
+    for ids, start in ((list(range(7)), None), ([1], 6), ([1], 3), ([1], 2**70)):
+        raises(cache, ValueError, cache.set_tokens, "a", ids, start)
+    for start in (-1, -(2**70)):
+        raises(cache, ValueError, cache.set_tokens, "a", [1], start)
+    for start in (True, 1.0, "1"):
+        raises(cache, TypeError, cache.set_tokens, "a", [1], start)
+    for name in ("never seen", None):
+        raises(cache, UnknownSequence, cache.set_tokens, name, [1])
+        raises(cache, UnknownSequence, cache.pin, name) if name else raises(cache, TypeError, cache.pin, name)
+
+
+def test_a_pin_of_neither_or_both_is_a_type_error(cache):
+    raises(cache, TypeError, cache.pin)
+    raises(cache, TypeError, cache.pin, "a", tokens=[1])
+    raises(cache, TypeError, cache.pin, "a", salt="s")
+    raises(cache, TypeError, cache.unpin)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"policy": "mru"},
+        {"policy": 3},
+        {"policy": None},
+        {"clock": 3},
+        {"prefix_cache": 1},
+        {"prefix_cache": None},
+    ],
+    ids=str,
+)
+def test_a_choice_of_prefixes_that_is_none_is_an_error(options):
+    with pytest.raises((TypeError, ValueError)):
+        KVCache(**SHAPE, **options)
+
+
+def test_an_index_that_calls_back_while_ids_are_read_finds_the_cache_open(make_cache):
+    cache = make_cache()
+
+    class Calling:
+        def __index__(self):
+            cache.allocate_for("inner", [1, 2, 3, 4, 5])
+            return 7
+
+    assert cache.allocate_for("outer", [Calling(), 1, 2]).tokens == 3
+    assert list(cache) == ["inner", "outer"]

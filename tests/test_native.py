@@ -73,3 +73,17 @@ def test_counts_that_cannot_be_meant_are_refused_before_anything_changes(engine,
         assert all(set(statuses) == {bad_count} for statuses in found.values())
         assert (cache.used_tokens("a"), cache.limit("a"), cache.stats()) == (5, 20, before)
         cache.check()
+
+
+@BOTH
+def test_native_threads_admit_a_prompt_by_its_ids_and_find_it_again(engine, placement):
+    with KVCache(1, 1, 4, 512, block_size=4, backend="none", placement=placement) as cache:
+        prompt = [number % 3 for number in range(25)]
+        assert cache.probe(prompt) == 0
+        outcome = engine.admit_ids_in_threads(cache, 4, 500)
+        assert all(found % 20 == 0 and found > 0 for found, _ in outcome)
+        stats = cache.stats()
+        assert stats.hit_tokens == sum(found for found, _ in outcome)
+        assert (stats.used_blocks, stats.queries) == (0, 2000 - sum(refused for _, refused in outcome))
+        assert cache.probe(prompt) == 24
+        cache.check()

@@ -7,17 +7,23 @@ from libc.stdlib cimport calloc, free
 from kvcache._alloc cimport (
     BAD_COUNT,
     CacheCore,
+    counted,
     handle_of,
     handle_t,
+    pool_admit,
     pool_allocate,
     pool_append,
+    pool_append_ids,
+    pool_commit,
     pool_free,
     pool_hold,
+    pool_probe,
     pool_release,
     pool_set_limit,
     pool_slots,
     pool_t,
     pool_truncate,
+    request_t,
 )
 
 cdef extern from "<pthread.h>" nogil:
@@ -68,6 +74,28 @@ cdef void *live_and_die(void *argument) noexcept nogil:
     return NULL
 
 
+cdef void *admit_ids(void *argument) noexcept nogil:
+    """One prompt of ids again and again: admits it, commits it, names one token more, ends it."""
+    cdef job_t *job = <job_t *>argument
+    cdef int32_t ids[25]
+    cdef request_t request
+    cdef handle_t handle
+    cdef int64_t number
+    for number in range(25):
+        ids[number] = <int32_t>(number % 3)
+    for number in range(job.rounds):
+        request = counted(24, 32)
+        request.ids = ids
+        if pool_admit(job.pool, &request, &handle):
+            job.refused += 1
+            continue
+        pool_commit(job.pool, handle, -1)
+        if pool_append_ids(job.pool, handle, 1, &ids[24]) == 0 and pool_probe(job.pool, &request) == 20:
+            job.done += request.cached
+        pool_free(job.pool, handle)
+    return NULL
+
+
 cdef run(CacheCore cache, list handles, int64_t rounds, void *(*work)(void *) noexcept nogil):
     cdef int64_t count = len(handles), index
     cdef job_t *jobs = <job_t *>calloc(count, sizeof(job_t))
@@ -93,6 +121,11 @@ def append_from_threads(CacheCore cache, request_ids, int64_t rounds):
 def live_and_die_in_threads(CacheCore cache, int64_t threads, int64_t rounds):
     """Sequences that only native code knows; [(looked at, refused)] per thread."""
     return run(cache, [0] * threads, rounds, live_and_die)
+
+
+def admit_ids_in_threads(CacheCore cache, int64_t threads, int64_t rounds):
+    """A prompt that all of them admit; [(tokens found, refused)] per thread."""
+    return run(cache, [0] * threads, rounds, admit_ids)
 
 
 def statuses_of_bad_counts(CacheCore cache, request_id):
