@@ -8,11 +8,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from kvcache.block_map import FREE, SHARED, WAITING, colours_of
+from kvcache.block_map import CACHED, FREE, SHARED, WAITING, colours_of
 
 MIB = 2**20
 MOST_ROWS = 12  # of sequences
-LEGEND = "· free, ░ waits for a hold, ▒ shared"
+LEGEND = "· free, ▂ cached, ░ waits for a hold, ▒ shared"
+NOT_HELD = {FREE: "·", CACHED: "▂", WAITING: "░"}
 RATES = (
     ("admitted", "admissions"),
     ("freed", "frees"),
@@ -23,6 +24,8 @@ RATES = (
     ("moves", "moves"),
     ("tokens moved", "moved_tokens"),
     ("tokens copied", "copied_tokens"),
+    ("prompt tokens", "query_tokens"),
+    ("of these cached", "hit_tokens"),
 )
 
 
@@ -77,10 +80,8 @@ def _map(cells, width):
     for start in range(0, len(cells), width):
         for cell, same in groupby(cells[start : start + width]):
             length = len(list(same))
-            if cell == FREE:
-                text.append("·" * length, "dim")
-            elif cell == WAITING:
-                text.append("░" * length, "dim")
+            if cell in NOT_HELD:
+                text.append(NOT_HELD[cell] * length, "dim")
             else:
                 text.append(("▒" if cell >= SHARED else "█") * length, _style(cell & ~SHARED))
         if start + width < len(cells):
