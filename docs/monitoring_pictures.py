@@ -51,6 +51,10 @@ def draw_map(file):
     cache, _ = lived_in("paged")
     oldest, second, *_ = cache
     cache.fork(second, "fork")
+    prompt = list(range(640))
+    cache.allocate_for("known", prompt)
+    cache.commit("known")
+    cache.free_for("known")
     with cache.hold():
         cache.free_for(oldest)
         image = cache.block_map_image(width=64)

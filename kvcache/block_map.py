@@ -7,11 +7,13 @@ import numpy as np
 
 FREE = -1
 WAITING = -2  # let go under a hold that has not ended
+CACHED = -3  # free, but its content is found until somebody takes the block
 SHARED = 1 << 30  # beside the place of one holder: the block has several
 
 GOLDEN = 0.6180339887498949  # hues a golden section of the circle apart: neighbours are far from each other
 PLASTIC = 0.7548776662466927  # and paler or stronger by as even a sequence
 GROUNDS = {False: (255, 255, 255), True: (18, 18, 20)}  # of free blocks, by whether the picture is dark
+KEPT = {False: (208, 225, 245), True: (38, 54, 80)}  # of cached ones
 BEYOND = {False: (206, 206, 206), True: (60, 60, 62)}  # pixels of the last row that are no block
 HELD_BACK = (128, 128, 128)
 
@@ -40,7 +42,7 @@ def image_of(owners, width, dark):
     Parameters
     ----------
     owners : array of int32
-        Of each block the place of its holder, `SHARED` beside it, or `FREE` or `WAITING`.
+        Of each block the place of its holder, `SHARED` beside it, or `FREE`, `CACHED` or `WAITING`.
     width : int
     dark : bool
 
@@ -53,6 +55,7 @@ def image_of(owners, width, dark):
     image[owners.size :] = BEYOND[dark]
     pixels = image[: owners.size]
     pixels[owners == FREE] = GROUNDS[dark]
+    pixels[owners == CACHED] = KEPT[dark]
     pixels[owners == WAITING] = HELD_BACK
     held = np.flatnonzero(owners >= 0)
     places = owners[held] & ~SHARED
@@ -90,6 +93,8 @@ def _chunk(kind, data):
 def cells_of(owners, most):
     """The blocks in at most so many equal cells: of each the holder of one of its blocks, a shared one first.
 
+    Where nobody holds one, a cell is cached if one of its blocks is.
+
     Returns
     -------
     int, array of int32
@@ -98,4 +103,7 @@ def cells_of(owners, most):
     per_cell = -(-owners.size // most)
     padded = np.full(-(-owners.size // per_cell) * per_cell, WAITING, np.int32)
     padded[: owners.size] = owners
-    return per_cell, padded.reshape(-1, per_cell).max(axis=1)
+    padded = padded.reshape(-1, per_cell)
+    cells = padded.max(axis=1)
+    cells[(cells < 0) & (padded == CACHED).any(axis=1)] = CACHED
+    return per_cell, cells

@@ -483,9 +483,10 @@ class KVCache(TravelCore):
     def block_map_image(self, width=64, *, dark=False):
         """The blocks as a picture: a pixel a block, `width` to a row, in the order of the arena.
 
-        Free blocks are white, or nearly black; each sequence has a colour; a block that several share has half its
-        holder's brightness; grey ones are free when the last hold ends. Pixels of the last row that are no block are
-        of a lighter grey, in a dark picture of a darker one.
+        Free blocks are white, or nearly black; cached ones, whose content may be found again, of a pale blue, or a
+        dark one; each sequence has a colour; a block that several share has half its holder's brightness; grey ones are
+        free when the last hold ends. Pixels of the last row that are no block are of a lighter grey, in a dark picture
+        of a darker one.
 
         Parameters
         ----------

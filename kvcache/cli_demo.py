@@ -26,13 +26,22 @@ def add_demo(commands):
         "demo",
         help="decode many requests on one arena, and prove every token",
         description="Decodes requests from a queue with continuous batching on one KVCache, then every "
-        "request alone with mlx-lm's own cache, and compares all tokens. Exit code 1 if one differs.",
+        "request alone with mlx-lm's own cache, and compares all tokens. Exit code 1 if one differs. With "
+        "--turns they are conversations: each turn repeats what was said before, and is computed from where "
+        "the K and V that are still there end.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     command.add_argument(
         "--model", metavar="PATH_OR_REPO", help="a model for mlx_lm.load, in place of a small random Llama"
     )
     command.add_argument("--requests", type=count, default=48, metavar="N", help="how many are in the queue")
+    command.add_argument(
+        "--turns",
+        type=count,
+        default=1,
+        metavar="N",
+        help="of a conversation; with more than one, --requests counts conversations",
+    )
     command.add_argument(
         "--arena-tokens", type=count, default=4096, metavar="N", help="what all sequences share"
     )
@@ -42,6 +51,12 @@ def add_demo(commands):
         choices=("contiguous", "paged"),
         default="contiguous",
         help="how sequences lie in the arena",
+    )
+    command.add_argument(
+        "--prefix-cache",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep what finished sequences leave, for prompts that begin the same",
     )
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, lengths and prompts")
     add_json(command)
@@ -59,8 +74,10 @@ def _demo(arguments):
         mx.disable_compile()  # on the CPU it runs a C++ compiler, which not every machine has
     console = Console(stderr=arguments.json == "-")
     model, corpus, caption = _model_of(mlx_lm, arguments)
-    requests = demo.make_requests(arguments.requests, corpus, arguments.arena_tokens, arguments.seed)
-    options = {"block_size": arguments.block_size, "placement": arguments.placement}
+    requests = demo.make_requests(
+        arguments.requests, corpus, arguments.arena_tokens, arguments.seed, arguments.turns
+    )
+    options = {name: getattr(arguments, name) for name in ("block_size", "placement", "prefix_cache")}
     with (
         mlx_lm.cache_for(model, arguments.arena_tokens, **options) as cache,
         demo_view.DemoView(console) as view,
@@ -85,6 +102,11 @@ def _check_demo(arguments):
             f"{arguments.arena_tokens} tokens are {arguments.arena_tokens // arguments.block_size} blocks of "
             f"{arguments.block_size}: give --block-size at most {arguments.arena_tokens // 8}"
         )
+    if arguments.turns > demo.most_turns(arguments.arena_tokens):
+        raise UsageError(
+            f"{arguments.turns} turns are too many for a quarter of an arena of {arguments.arena_tokens} "
+            f"tokens: give --turns at most {demo.most_turns(arguments.arena_tokens)}"
+        )
     if arguments.seed < 0:
         raise UsageError(f"--seed is {arguments.seed}, expected at least 0")
     check_folder("--json", arguments.json)
@@ -92,7 +114,8 @@ def _check_demo(arguments):
 
 def _model_of(mlx_lm, arguments):
     """The model, token ids to cut prompts from, and a line that says what runs."""
-    size = f"{arguments.requests} requests, {arguments.placement} arena of {arguments.arena_tokens:,} tokens"
+    what = "requests" if arguments.turns == 1 else f"conversations of {arguments.turns} turns"
+    size = f"{arguments.requests} {what}, {arguments.placement} arena of {arguments.arena_tokens:,} tokens"
     if arguments.model is None:
         model = mlx_lm.random_llama(arguments.seed)
         vocabulary = model.args.vocab_size
@@ -109,5 +132,5 @@ def _model_of(mlx_lm, arguments):
 
 
 def _settings(arguments):
-    names = ("model", "arena_tokens", "block_size", "placement", "seed")
+    names = ("model", "arena_tokens", "block_size", "placement", "prefix_cache", "seed")
     return {name: getattr(arguments, name) for name in names}

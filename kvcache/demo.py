@@ -1,6 +1,7 @@
 """Continuous batching on one cache, and the proof that every token is right: what `kvcache demo` runs.
 
 `Serving` is the loop of an engine: admit from a queue, decode one token for everybody, free who is finished.
+In a conversation the next turn, which repeats all that was said before, enters the queue then.
 `run` does that, then has every request decoded again alone, without this package, and compares. Which model
 library does the arithmetic is the decoder's business, how it looks on a terminal is `demo_view`'s.
 """
@@ -10,13 +11,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 PROMPT_MEDIAN, PROMPT_SIGMA = 64, 0.8  # tokens; the spread of a chat service, its lengths scaled down
 OUTPUT_MEDIAN, OUTPUT_SIGMA = 36, 0.65
+SMALLEST_LENGTH = 4  # tokens, of a prompt, of what is said in a later turn, and of an answer
 SMALLEST_ARENA = 128  # tokens
+SYSTEM_PROMPTS, SYSTEM_TOKENS = 3, 96  # of conversations; in small arenas a sixteenth of it
 
 
 class Decoder(Protocol):
@@ -30,13 +33,35 @@ class Decoder(Protocol):
     def alone(self, prompt, num_tokens): ...
 
 
+class Message(NamedTuple):
+    """What is said in a later turn of a conversation, and how many tokens are decoded for it."""
+
+    text: tuple[int, ...]
+    num_tokens: int
+
+
 @dataclass(frozen=True)
 class Request:
-    """A prompt, and how many tokens are decoded for it."""
+    """A prompt, how many tokens are decoded for it, and what is said to the answer."""
 
-    request_id: str
+    conversation: str
     prompt: tuple[int, ...]
     num_tokens: int
+    turn: int = 1
+    later: tuple[Message, ...] = ()
+
+    @property
+    def request_id(self) -> str:
+        """The conversation's name; after the first turn, with the number of the turn."""
+        return self.conversation if self.turn == 1 else f"{self.conversation}.{self.turn}"
+
+    def following(self, answer: Sequence[int]) -> "Request | None":
+        """The next turn: this prompt, the answer to it and what is said then; `None` after the last."""
+        if not self.later:
+            return None
+        (text, num_tokens), *later = self.later
+        prompt = (*self.prompt, *answer, *text)
+        return Request(self.conversation, prompt, num_tokens, self.turn + 1, tuple(later))
 
 
 @dataclass(frozen=True)
@@ -58,11 +83,29 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """What was found of the prompts of one turn, in all conversations."""
+
+    turn: int
+    requests: int
+    hits: int  # requests of which a beginning was there
+    prompt_tokens: int
+    skipped_tokens: int
+
+
+@dataclass(frozen=True)
 class Result:
     """What a run came to. Speeds are decoded tokens per second, prompts included in the time."""
 
     requests: int
+    turns: int
     prompt_tokens: int
+    skipped_tokens: int  # of the prompts, those whose K and V were there
+    skipped_share: float
+    revived_tokens: int  # of the skipped ones: continued where they were
+    copied_tokens: int  # copied from where they were
+    shared_tokens: int  # read where they are by several
+    by_turn: tuple[Turn, ...]
     tokens: int
     equal: bool
     difference: Difference | None
@@ -104,7 +147,9 @@ class Progress:
 Watch = Callable[[Progress], None]
 
 
-def make_requests(count: int, corpus: Sequence[int], arena_tokens: int, seed: int) -> list[Request]:
+def make_requests(
+    count: int, corpus: Sequence[int], arena_tokens: int, seed: int, turns: int = 1
+) -> list[Request]:
     """Draw requests with lengths like a chat service's, cut from a text.
 
     Parameters
@@ -114,24 +159,40 @@ def make_requests(count: int, corpus: Sequence[int], arena_tokens: int, seed: in
     corpus : sequence of int
         Token ids; prompts begin anywhere in it, and go on at its beginning after its end.
     arena_tokens : int
-        No request takes more than a quarter of it.
+        No request takes more than a quarter of it, whatever its turn.
     seed : int
         Of lengths and places.
+    turns : int
+        With more than one, each is the first request of a conversation, and begins with one of a few system
+        prompts.
 
     Returns
     -------
     list of Request
+
+    Raises
+    ------
+    ValueError
+        More than `most_turns`.
     """
+    if turns > most_turns(arena_tokens):
+        raise ValueError(
+            f"{turns} turns, an arena of {arena_tokens} tokens has room for {most_turns(arena_tokens)}"
+        )
     rng = np.random.default_rng(seed)
-    longest = arena_tokens // 8
+    systems = _system_prompts(corpus, arena_tokens, seed) if turns > 1 else [()]
+    longest = (arena_tokens // 4 - len(systems[0])) // (2 * turns)
     requests = []
     for number in range(count):
-        prompt_length = _length(rng, PROMPT_MEDIAN, PROMPT_SIGMA, longest)
-        num_tokens = _length(rng, OUTPUT_MEDIAN, OUTPUT_SIGMA, longest)
-        start = int(rng.integers(len(corpus)))
-        prompt = tuple(int(corpus[(start + i) % len(corpus)]) for i in range(prompt_length))
-        requests.append(Request(f"r{number:03}", prompt, num_tokens))
+        (prompt, num_tokens), *later = (_message(rng, corpus, longest) for _ in range(turns))
+        prompt = systems[number % len(systems)] + prompt
+        requests.append(Request(f"r{number:03}", prompt, num_tokens, later=tuple(later)))
     return requests
+
+
+def most_turns(arena_tokens: int) -> int:
+    """Turns of the longest conversation in a quarter of an arena, when all lengths are the smallest."""
+    return (arena_tokens // 4 - _system_length(arena_tokens)) // (2 * SMALLEST_LENGTH)
 
 
 def random_ids(count: int, vocabulary: int, seed: int) -> list[int]:
@@ -139,21 +200,48 @@ def random_ids(count: int, vocabulary: int, seed: int) -> list[int]:
     return np.random.default_rng(seed).integers(vocabulary, size=count).tolist()
 
 
+def _system_prompts(corpus, arena_tokens, seed):
+    rng = np.random.default_rng([seed, SYSTEM_PROMPTS])
+    return [_cut(rng, corpus, _system_length(arena_tokens)) for _ in range(SYSTEM_PROMPTS)]
+
+
+def _system_length(arena_tokens):
+    return min(SYSTEM_TOKENS, arena_tokens // 16)
+
+
+def _message(rng, corpus, longest):
+    length = _length(rng, PROMPT_MEDIAN, PROMPT_SIGMA, longest)
+    num_tokens = _length(rng, OUTPUT_MEDIAN, OUTPUT_SIGMA, longest)
+    return Message(_cut(rng, corpus, length), num_tokens)
+
+
 def _length(rng, median, sigma, longest):
-    return int(np.clip(round(rng.lognormal(math.log(median), sigma)), 4, longest))
+    return int(np.clip(round(rng.lognormal(math.log(median), sigma)), SMALLEST_LENGTH, longest))
+
+
+def _cut(rng, corpus, length):
+    """A piece of the corpus."""
+    start = int(rng.integers(len(corpus)))
+    return tuple(int(corpus[(start + i) % len(corpus)]) for i in range(length))
 
 
 class Serving:
     """Continuous batching: requests come from a queue as they fit, and leave as they finish.
+
+    When a turn of a conversation is answered the next one joins the queue: before conversations that have
+    not begun, whose memory may be taken, and behind others that are under way.
 
     Parameters
     ----------
     decoder : Decoder
         Of an empty cache.
     requests : iterable of Request
+        First turns.
 
     Attributes
     ----------
+    admitted : dict
+        Request to the tokens of its prompt that were there already, in order of admission.
     choices : dict
         Request id to the choices made so far, one per decoded token.
     seconds : float
@@ -165,11 +253,12 @@ class Serving:
         self.cache = decoder.cache
         self.waiting = deque(requests)
         self.live = {}  # request id -> Request, in batch order
+        self.admitted = {}
         self.choices = {}
         self.seconds = 0.0
         self.steps = 0
         self.largest_batch = 0
-        self._count = len(self.waiting)
+        self._count = _count(self.waiting)
 
     def run(self, watch: Watch) -> None:
         """Serve until the queue and the batch are empty."""
@@ -195,6 +284,7 @@ class Serving:
                 return
             self.waiting.popleft()
             self.live[request.request_id] = request
+            self.admitted[request] = granted.cached_tokens
             first = self.decoder.prefill(request.request_id, request.prompt, granted.cached_tokens)
             self.choices[request.request_id] = [first]
             self._finish()
@@ -212,9 +302,17 @@ class Serving:
 
     def _finish(self):
         for request_id, request in list(self.live.items()):
-            if len(self.choices[request_id]) == request.num_tokens:
+            choices = self.choices[request_id]
+            if len(choices) == request.num_tokens:
                 self.decoder.finish(request_id)
                 del self.live[request_id]
+                following = request.following([choice.token for choice in choices])
+                if following is not None:
+                    self._join(following)
+
+    def _join(self, following):
+        under_way = sum(request.turn > 1 for request in self.waiting)  # they are at its head
+        self.waiting.insert(under_way, following)
 
     def progress(self) -> Progress:
         """Where it is."""
@@ -233,29 +331,61 @@ class Serving:
 
 
 class Replay:
-    """Every request again, alone, without this package."""
+    """Every request again, alone, without this package: each turn from the beginning of its prompt.
+
+    A prompt repeats the answers that were decoded here, not those that were served.
+
+    Parameters
+    ----------
+    decoder : Decoder
+    requests : iterable of Request
+        First turns.
+
+    Attributes
+    ----------
+    requests : list of Request
+        Those decoded so far, turn after turn of one conversation after the other.
+    choices : dict
+        Request id to choices.
+    seconds : float
+    """
 
     def __init__(self, decoder, requests):
         self.decoder = decoder
-        self.requests = requests
+        self.requests = []
         self.choices = {}
         self.seconds = 0.0
+        self._openings = list(requests)
 
     def run(self, watch: Watch) -> None:
         """Decode one request after the other."""
-        for request in self.requests:
-            started = time.perf_counter()
-            self.choices[request.request_id] = self.decoder.alone(request.prompt, request.num_tokens)
-            self.seconds += time.perf_counter() - started
-            watch(self.progress())
+        for opening in self._openings:
+            request = opening
+            while request is not None:
+                request = self._decode(request)
+                watch(self.progress())
+
+    def _decode(self, request):
+        """Returns the next turn."""
+        started = time.perf_counter()
+        choices = self.decoder.alone(request.prompt, request.num_tokens)
+        self.seconds += time.perf_counter() - started
+        self.requests.append(request)
+        self.choices[request.request_id] = choices
+        return request.following([choice.token for choice in choices])
 
     def progress(self) -> Progress:
         """Where it is."""
         tokens = sum(map(len, self.choices.values()))
-        finished, waiting = len(self.choices), len(self.requests) - len(self.choices)
+        count, finished = _count(self._openings), len(self.choices)
         return Progress(
-            "replay", len(self.requests), finished, tokens, self.seconds, waiting, (), self.decoder.cache
+            "replay", count, finished, tokens, self.seconds, count - finished, (), self.decoder.cache
         )
+
+
+def _count(openings):
+    """Requests of all turns."""
+    return sum(1 + len(request.later) for request in openings)
 
 
 def first_difference(requests, served, alone) -> Difference | None:
@@ -294,6 +424,7 @@ def run(decoder: Decoder, requests: Sequence[Request], watch: Watch = lambda pro
     decoder : Decoder
         Of an empty cache.
     requests : sequence of Request
+        First turns.
     watch : callable
         Called with a `Progress` after every step and every replayed request; its time is not counted.
 
@@ -304,17 +435,28 @@ def run(decoder: Decoder, requests: Sequence[Request], watch: Watch = lambda pro
     serving, replay = Serving(decoder, requests), Replay(decoder, requests)
     serving.run(watch)
     replay.run(watch)
-    return _result(decoder.cache, requests, serving, replay)
+    return _result(decoder.cache, serving, replay)
 
 
-def _result(cache, requests, serving, replay):
+def _result(cache, serving, replay):
+    requests = replay.requests
     difference = first_difference(requests, serving.choices, replay.choices)
     served = [choice for request in requests for choice in serving.choices[request.request_id]]
     alone = [choice for request in requests for choice in replay.choices[request.request_id]]
+    by_turn = tuple(_by_turn(serving.admitted))
+    prompt_tokens = sum(turn.prompt_tokens for turn in by_turn)
+    skipped_tokens = sum(turn.skipped_tokens for turn in by_turn)
     stats = cache.stats()
     return Result(
         requests=len(requests),
-        prompt_tokens=sum(len(request.prompt) for request in requests),
+        turns=len(by_turn),
+        prompt_tokens=prompt_tokens,
+        skipped_tokens=skipped_tokens,
+        skipped_share=skipped_tokens / prompt_tokens,
+        revived_tokens=stats.revived_tokens,
+        copied_tokens=stats.copied_tokens,
+        shared_tokens=skipped_tokens - stats.revived_tokens - stats.copied_tokens,
+        by_turn=by_turn,
         tokens=len(served),
         equal=difference is None,
         difference=difference,
@@ -336,3 +478,16 @@ def _result(cache, requests, serving, replay):
             abs(one.logprob - other.logprob) for one, other in zip(served, alone, strict=False)
         ),
     )
+
+
+def _by_turn(admitted):
+    """`Turn` of each turn, from what was skipped of each request."""
+    for turn in sorted({request.turn for request in admitted}):
+        skipped = {request: tokens for request, tokens in admitted.items() if request.turn == turn}
+        yield Turn(
+            turn=turn,
+            requests=len(skipped),
+            hits=sum(tokens > 0 for tokens in skipped.values()),
+            prompt_tokens=sum(len(request.prompt) for request in skipped),
+            skipped_tokens=sum(skipped.values()),
+        )

@@ -10,6 +10,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from kvcache.block_map import CACHED, FREE, cells_of
+
 COLOURS = (
     "cyan",
     "magenta",
@@ -79,23 +81,26 @@ class DemoView:
             f"{stats.used_blocks}/{stats.total_blocks} blocks used   "
             f"{stats.moves} moves of {stats.moved_tokens:,} tokens   {stats.arena_copies} arena copies"
         )
+        if stats.hit_tokens:
+            yield Text(
+                f"{stats.cached_blocks} blocks cached   "
+                f"{stats.hit_tokens:,} of {stats.query_tokens:,} prompt tokens skipped   "
+                f"{stats.revived_tokens:,} revived, {stats.copied_tokens:,} copied"
+            )
 
     def _map(self, progress, num_blocks, width):
-        """The arena, a sequence in one colour; a cell is one block, or several where they are many."""
-        owners = np.full(num_blocks, -1)
+        """The arena, a sequence in one colour, what ended ones left low; a cell is a block, or several."""
+        owners = np.where(progress.cache._owners() == CACHED, CACHED, FREE)
         for number, request_id in enumerate(progress.live):
             owners[progress.cache.block_table(request_id)] = number
             self._colours.setdefault(request_id, COLOURS[len(self._colours) % len(COLOURS)])
-        per_cell = -(-num_blocks // (width * MAP_ROWS))
         text = Text()
-        for start in range(0, num_blocks, per_cell):
-            held = owners[start : start + per_cell]
-            held = held[held >= 0]
-            if held.size:
-                text.append("█", self._colours[progress.live[held[0]]])
+        for index, cell in enumerate(cells_of(owners, width * MAP_ROWS)[1].tolist(), 1):
+            if cell >= 0:
+                text.append("█", self._colours[progress.live[cell]])
             else:
-                text.append("·", "dim")
-            if (start // per_cell + 1) % width == 0:
+                text.append("▂" if cell == CACHED else "·", "dim")
+            if index % width == 0:
                 text.append("\n")
         return text
 
@@ -128,13 +133,31 @@ def print_result(console, result, caption):
         f"{result.tokens_per_second:,.0f}",
     )
     table.add_row(
-        "mlx-lm's cache, one by one",
+        "mlx-lm's cache, " + ("one by one" if result.turns == 1 else "nothing skipped"),
         "1",
         f"{result.tokens:,}",
         f"{result.mlx_lm_seconds:.2f}",
         f"{result.mlx_lm_tokens_per_second:,.0f}",
     )
-    console.print(table, Text(), _facts(result), Text(), _verdict(result), sep="\n", highlight=False)
+    turns = (_turns(result), Text()) if result.turns > 1 else ()
+    console.print(table, Text(), *turns, _facts(result), Text(), _verdict(result), sep="\n", highlight=False)
+
+
+def _turns(result):
+    """What was skipped of the prompts, a row a turn."""
+    table = Table(show_edge=False, pad_edge=False)
+    for heading in ("turn", "requests", "with a hit", "prompt tokens", "skipped", ""):
+        table.add_column(heading, justify="right")
+    for turn in result.by_turn:
+        table.add_row(
+            f"{turn.turn}",
+            f"{turn.requests:,}",
+            f"{turn.hits:,}",
+            f"{turn.prompt_tokens:,}",
+            f"{turn.skipped_tokens:,}",
+            f"{turn.skipped_tokens / turn.prompt_tokens:.0%}",
+        )
+    return table
 
 
 def _facts(result):
@@ -148,12 +171,23 @@ def _facts(result):
         "moves",
         f"{result.moves} of {result.moved_tokens:,} tokens in all, {result.arena_copies} arena copies",
     )
+    if result.turns > 1 or result.skipped_tokens:
+        facts.add_row("prefill", _prefill(result))
     facts.add_row(
         "choices",
         f"{result.distinct_tokens} distinct tokens, closest decision {result.smallest_margin:.1g}, "
         f"log-probabilities within {result.largest_logprob_difference:.1g}",
     )
     return facts
+
+
+def _prefill(result):
+    skipped = (
+        f"{result.skipped_tokens:,} of {result.prompt_tokens:,} tokens skipped ({result.skipped_share:.0%})"
+    )
+    ways = {"revived": result.revived_tokens, "copied": result.copied_tokens, "shared": result.shared_tokens}
+    told = ", ".join(f"{tokens:,} {way}" for way, tokens in ways.items() if tokens)
+    return f"{skipped}: {told}" if told else skipped
 
 
 def _verdict(result):

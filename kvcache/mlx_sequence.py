@@ -47,7 +47,7 @@ def prompt_cache(cache, request_id, *, cached_tokens=0):
         mlx-lm computes one step more than it yields.
     cached_tokens : int
         Tokens whose K and V are in place: `Allocation.cached_tokens` of a prompt with a known prefix or of a
-        fork. Give mlx-lm the rest of the prompt only.
+        fork. Give mlx-lm the rest of the prompt only; what is given again is computed again.
 
     Returns
     -------
@@ -63,6 +63,9 @@ def prompt_cache(cache, request_id, *, cached_tokens=0):
 
     Notes
     -----
+    The sequence grows as the model writes, by tokens that are only counted. ``cache.set_tokens(request_id,
+    answer)`` names them, so that a later prompt that repeats the answer finds it.
+
     mlx-lm's loops know nothing of `KVCache.hold`: while one of them runs, only its own thread may make calls
     that move K and V. Who shares a cache between threads builds each step inside a hold, as `Decoder` does.
     """

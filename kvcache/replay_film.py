@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from kvcache.block_map import CACHED, FREE
+
 MOST_FRAMES = 1000  # at the end there are between half of it and all
 MOST_ROWS = 800  # of the block map
 CLOSE_STEPS = 300  # of the close-up
@@ -20,7 +22,7 @@ class Film:
     steps, tokens, sequences, waiting, moved : list of int
         Of each frame: its step, live tokens, live sequences, requests in the queue, tokens moved until then.
     maps : list of array of int32
-        Of each frame: who holds the block in the middle of each row, -1 for nobody.
+        Of each frame: who holds the block in the middle of each row, or `FREE` or `CACHED`.
     close_steps, close_maps : list
         The same of the close-up.
     close_tokens : int
@@ -70,9 +72,11 @@ def _rows(owners):
 
 
 def block_owners(replay):
-    """Who holds each block, as numbers of requests, -1 for nobody."""
+    """Who holds each block, as numbers of requests, or `FREE` or `CACHED`."""
     block_size = replay.settings.block_size
-    owners = np.full(replay.settings.num_blocks, -1, np.int32)
+    owners = np.full(replay.settings.num_blocks, FREE, np.int32)
+    if getattr(replay.meter.stats, "cached_blocks", 0):  # baselines keep nothing
+        owners[replay.pool._owners() == CACHED] = CACHED
     firsts = replay.meter.starts // block_size
     ends = firsts + -(-replay.meter.lengths // block_size)
     for number, first, end in zip(replay.live, firsts.tolist(), ends.tolist(), strict=True):

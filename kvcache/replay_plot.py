@@ -11,6 +11,7 @@ from matplotlib.colors import hsv_to_rgb, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from kvcache.block_map import CACHED, FREE, GROUNDS, KEPT
 from kvcache.replay_view import caption_of, facts_of, sweep_rows
 
 STYLE = {
@@ -35,7 +36,7 @@ PALETTE = (BLUE, GREEN, RED, "#b7791f", "#6b46c1", GREY)
 MARKERS = "osD^vPX*"
 CROWDED = 40  # live sequences: more are seen in a close-up
 LEAST_LABELLED = 0.002  # moved over attended
-FREE = (1.0, 1.0, 1.0)
+NOBODY = {FREE: GROUNDS[False], CACHED: KEPT[False]}
 TONES = ((0.48, 0.84), (0.28, 0.97), (0.58, 0.66), (0.38, 0.92))  # saturation and value
 
 PAGE = """<!doctype html>
@@ -120,7 +121,8 @@ def _figure_of_replay(record, film):
     _draw_moves(panels[3], record, steps, np.array(film.moved))
     _draw_map(panels[4], record, film.maps, steps, _arena_tokens(record))
     panels[4].set_title(
-        "the arena over time: one colour per sequence (alike: admitted at about the same time), white is free"
+        "the arena over time: one colour per sequence (alike: admitted at about the same time), "
+        + ("white is free" if not _any_cached(film) else "white is free, pale blue is cached")
     )
     for panel in panels[:5]:
         panel.set_xlim(steps[0] - film.every / 2, steps[-1] + film.every / 2)
@@ -135,6 +137,10 @@ def _figure_of_replay(record, film):
     figure.suptitle(caption_of(record), x=0.01, ha="left", fontsize=12, fontweight="bold")
     figure.align_ylabels(panels)
     return figure
+
+
+def _any_cached(film):
+    return any((owners == CACHED).any() for owners in film.maps)
 
 
 def _draw_utilization(panel, record, steps, tokens):
@@ -189,7 +195,8 @@ def _coloured(owners, record):
     hues = numbers / max(8.0, 2 * record["mean_sequences"]) % 1
     tones = np.array(TONES)[numbers % len(TONES)]
     colours = hsv_to_rgb(np.column_stack([hues, tones]))
-    colours[numbers < 0] = FREE
+    for kind, colour in NOBODY.items():
+        colours[numbers == kind] = np.array(colour) / 255
     return (255 * colours).astype(np.uint8)[cells.reshape(owners.shape)]
 
 

@@ -8,7 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from kvcache.block_map import FREE, SHARED, WAITING, colours_of
+from kvcache.block_map import CACHED, FREE, SHARED, WAITING, colours_of
 
 MIB = 2**20
 MOST_ROWS = 12  # of sequences
@@ -20,7 +20,8 @@ OUTCOMES = (  # of a queue's requests: heading, and which of the counts
     ("refused", lambda queue: sum(queue["refused"].values()) - _ended_waiting(queue) + queue["failed"]),
     ("evicted", lambda queue: queue["evicted"]),
 )
-LEGEND = "· free, ░ waits for a hold, ▒ shared"
+LEGEND = "· free, ▂ cached, ░ waits for a hold, ▒ shared"
+NOT_HELD = {FREE: "·", CACHED: "▂", WAITING: "░"}
 RATES = (
     ("admitted", "admissions"),
     ("freed", "frees"),
@@ -31,6 +32,8 @@ RATES = (
     ("moves", "moves"),
     ("tokens moved", "moved_tokens"),
     ("tokens copied", "copied_tokens"),
+    ("prompt tokens", "query_tokens"),
+    ("of these cached", "hit_tokens"),
 )
 
 
@@ -87,10 +90,8 @@ def _map(cells, width):
     for start in range(0, len(cells), width):
         for cell, same in groupby(cells[start : start + width]):
             length = len(list(same))
-            if cell == FREE:
-                text.append("·" * length, "dim")
-            elif cell == WAITING:
-                text.append("░" * length, "dim")
+            if cell in NOT_HELD:
+                text.append(NOT_HELD[cell] * length, "dim")
             else:
                 text.append(("▒" if cell >= SHARED else "█") * length, _style(cell & ~SHARED))
         if start + width < len(cells):

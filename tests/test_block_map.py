@@ -4,7 +4,18 @@ import numpy as np
 import pytest
 
 from kvcache import CacheClosed
-from kvcache.block_map import FREE, HELD_BACK, SHARED, WAITING, cells_of, colours_of
+from kvcache.block_map import (
+    BEYOND,
+    CACHED,
+    FREE,
+    HELD_BACK,
+    KEPT,
+    SHARED,
+    WAITING,
+    cells_of,
+    colours_of,
+    image_of,
+)
 
 BOTH = pytest.mark.parametrize("placement", ["contiguous", "paged"])
 WHITE = (255, 255, 255)
@@ -47,6 +58,29 @@ def test_blocks_that_wait_for_a_hold_are_grey(make_cache, placement):
         cache.free_for("a")
         assert pixels(cache)[:16].count(HELD_BACK) == 3
     assert HELD_BACK not in pixels(cache)[:16]
+
+
+@BOTH
+@pytest.mark.parametrize("dark", [False, True])
+def test_cached_blocks_have_a_colour_of_their_own_until_they_are_taken(make_cache, placement, dark):
+    cache = make_cache(placement=placement)
+    cache.allocate_for("a", list(range(13)))
+    cache.commit("a")
+    held = cache.block_table("a")
+    cache.free_for("a")
+    seen = pixels(cache, width=16, dark=dark)
+    assert {block for block in range(16) if seen[block] == KEPT[dark]} == set(held[:3].tolist())
+    cache.allocate_for("b", 64)
+    assert KEPT[dark] not in pixels(cache, width=16, dark=dark)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_nothing_that_is_not_held_looks_like_anything_else(dark):
+    image = image_of(np.array([FREE, CACHED, WAITING], np.int32), 4, dark)[0].astype(int)
+    assert tuple(image[3]) == BEYOND[dark]
+    distances = [abs(image[i] - image[j]).max() for i in range(4) for j in range(i)]
+    assert min(distances) >= 20
+    assert abs(image[:, None] - colours_of(np.arange(500)).astype(int)).max(axis=2).min() >= 20
 
 
 def test_shared_blocks_are_darker(make_cache):
@@ -103,3 +137,8 @@ def test_many_blocks_are_told_in_few_cells():
     owners = np.array([FREE, FREE, 3, FREE, FREE, WAITING, 7 | SHARED, 9, 5], np.int32)
     per_cell, cells = cells_of(owners, 5)
     assert per_cell == 2 and cells.tolist() == [FREE, 3, FREE, 7 | SHARED, 5]
+
+
+def test_a_cell_is_cached_where_nobody_holds_a_block_of_it():
+    owners = np.array([CACHED, 3, FREE, CACHED, CACHED, WAITING, FREE, FREE, CACHED], np.int32)
+    assert cells_of(owners, 5)[1].tolist() == [3, CACHED, CACHED, FREE, CACHED]

@@ -46,6 +46,8 @@ def test_help_names_every_option_and_its_default(capsys):
         "--arena-tokens",
         "--block-size",
         "--placement",
+        "--turns",
+        "--no-prefix-cache",
         "--seed",
         "--json",
     ):
@@ -72,6 +74,23 @@ def test_json_is_all_that_goes_to_standard_output(quick, argument):
     assert values["tokens_per_second"] > 0
     assert values["mlx_lm_tokens_per_second"] > 0
     assert {"moves", "moved_tokens", "arena_copies", "seed", "placement", "block_size"} <= set(values)
+
+
+def test_turns_of_a_conversation_are_told(quick):
+    code, out, err = quick("--turns", "3", "--json")
+    values = json.loads(out)
+    assert (code, values["equal"], values["requests"], values["turns"]) == (0, True, 12, 3)
+    assert [(turn["turn"], turn["requests"]) for turn in values["by_turn"]] == [(1, 4), (2, 4), (3, 4)]
+    assert values["skipped_tokens"] == sum(turn["skipped_tokens"] for turn in values["by_turn"]) > 0
+    ways = ("revived_tokens", "copied_tokens", "shared_tokens")
+    assert values["skipped_tokens"] == sum(values[way] for way in ways)
+    assert f"{values['skipped_tokens']:,} of {values['prompt_tokens']:,} tokens skipped" in err
+    assert "4 conversations of 3 turns" in err
+
+
+def test_without_a_prefix_cache_nothing_is_skipped(quick):
+    values = json.loads(quick("--turns", "3", "--no-prefix-cache", "--json")[1])
+    assert (values["equal"], values["prefix_cache"], values["skipped_tokens"]) == (True, False, 0)
 
 
 def test_json_goes_to_a_file(quick, tmp_path):
@@ -149,6 +168,8 @@ def test_a_model_that_cannot_be_batched_is_an_error_that_helps(quick, monkeypatc
     [
         (["--arena-tokens", "64"], "give --arena-tokens at least 128"),
         (["--block-size", "64"], "256 tokens are 4 blocks of 64: give --block-size at most 32"),
+        (["--turns", "7"], "give --turns at most 6"),
+        (["--turns", "0"], "argument --turns: 0 is less than 1"),
         (["--seed", "-1"], "--seed is -1, expected at least 0"),
         (["--json", "/no/such/folder/demo.json"], "there is no such folder"),
         (["--requests", "0"], "argument --requests: 0 is less than 1"),

@@ -19,16 +19,20 @@ class Arithmetic:
         self.cache = cache
         self.seen = {}
         self.batches = []
+        self.computed = 0  # tokens of prompts
 
     def prefill(self, request_id, prompt, cached_tokens):
         assert self.cache.used_tokens(request_id) == len(prompt)
+        self.cache.commit(request_id)
+        self.computed += len(prompt) - cached_tokens
         self.seen[request_id] = list(prompt)
         return next_token(prompt)
 
     def step(self, tokens):
         self.batches.append(len(tokens))
         for request_id, token in zip(self.seen, tokens, strict=True):
-            assert self.cache.append_token(request_id)
+            assert self.cache.append_token(request_id, token)
+            self.cache.commit(request_id)
             self.seen[request_id].append(token)
         return [next_token(seen) for seen in self.seen.values()]
 
@@ -57,8 +61,16 @@ def decoder():
         cache.check()
 
 
-def requests_of(count, arena_tokens=512, seed=0):
-    return demo.make_requests(count, demo.random_ids(1000, 97, seed), arena_tokens, seed)
+def requests_of(count, arena_tokens=512, seed=0, turns=1):
+    return demo.make_requests(count, demo.random_ids(1000, 97, seed), arena_tokens, seed, turns)
+
+
+def all_turns(opening, answers):
+    """A conversation whose answers are told."""
+    request, answers = opening, iter(answers)
+    while request is not None:
+        yield request
+        request = request.following(next(answers))
 
 
 # --- requests -----------------------------------------------------------------------------------------------
@@ -87,6 +99,38 @@ def test_prompts_are_cut_from_the_corpus_and_go_round():
     requests = demo.make_requests(50, range(10), 4096, 0)
     for request in requests:
         assert all((b - a) % 10 == 1 for a, b in zip(request.prompt, request.prompt[1:], strict=False))
+
+
+def test_a_turn_repeats_what_was_said_before():
+    opening = demo.Request("r", (1, 2), 3, later=(demo.Message((7,), 2), demo.Message((8, 9), 4)))
+    turns = list(all_turns(opening, [(4, 5, 6), (10, 11), ()]))
+    assert [turn.prompt for turn in turns] == [
+        (1, 2),
+        (1, 2, 4, 5, 6, 7),
+        (1, 2, 4, 5, 6, 7, 10, 11, 8, 9),
+    ]
+    assert [(turn.request_id, turn.num_tokens) for turn in turns] == [("r", 3), ("r.2", 2), ("r.3", 4)]
+
+
+def test_conversations_begin_with_few_system_prompts():
+    openings = requests_of(12, 4096, turns=2)
+    assert len({opening.prompt[:96] for opening in openings}) == 3
+    assert len({opening.prompt for opening in openings}) == 12
+    assert [len(opening.later) for opening in openings] == [1] * 12
+
+
+@pytest.mark.parametrize(("arena_tokens", "turns"), [(128, 3), (512, 3), (512, 12), (4096, 3), (4096, 116)])
+def test_no_conversation_takes_more_than_a_quarter_of_the_arena(arena_tokens, turns):
+    for opening in requests_of(50, arena_tokens, turns=turns):
+        *_, last = all_turns(opening, ((0,) * each.num_tokens for each in (opening, *opening.later)))
+        assert last.turn == turns
+        assert len(last.prompt) + last.num_tokens <= arena_tokens // 4
+
+
+def test_conversations_that_would_not_fit_are_refused():
+    assert demo.most_turns(4096) == 116
+    with pytest.raises(ValueError, match="117 turns, an arena of 4096 tokens has room for 116"):
+        requests_of(1, 4096, turns=117)
 
 
 # --- serving ------------------------------------------------------------------------------------------------
@@ -151,6 +195,85 @@ def test_a_result_says_what_happened(decoder):
     assert json.loads(json.dumps(result.as_dict()))["equal"] is True
 
 
+# --- conversations ------------------------------------------------------------------------------------------
+
+
+def test_every_turn_of_every_conversation_is_answered(decoder):
+    openings = requests_of(10, turns=3)
+    result = demo.run(decoder, openings)
+    assert result.equal
+    assert (result.requests, result.turns) == (30, 3)
+    assert result.tokens == sum(each.num_tokens for one in openings for each in (one, *one.later))
+    assert len(decoder.cache) == 0
+
+
+def test_what_was_skipped_is_what_was_not_computed(decoder):
+    result = demo.run(decoder, requests_of(10, turns=3))
+    assert result.skipped_tokens == result.prompt_tokens - decoder.computed > 0
+    assert result.skipped_share == pytest.approx(result.skipped_tokens / result.prompt_tokens)
+    assert result.skipped_tokens == result.revived_tokens + result.copied_tokens + result.shared_tokens
+    assert result.skipped_tokens == decoder.cache.stats().hit_tokens
+    assert [turn.requests for turn in result.by_turn] == [10, 10, 10]
+    assert sum(turn.prompt_tokens for turn in result.by_turn) == result.prompt_tokens
+    assert all(turn.hits <= turn.requests for turn in result.by_turn)
+
+
+def test_alone_in_the_arena_a_conversation_finds_all_whole_blocks_of_its_last_turn(decoder):
+    (opening,) = requests_of(1, turns=4)
+    serving = demo.Serving(decoder, [opening])
+    serving.run(lambda progress: None)
+    requests, there = list(serving.admitted), list(serving.admitted.values())
+    expected = [
+        (len(before.prompt) + before.num_tokens - 1) // 8 * 8  # the last token was never put in
+        for before in requests[:-1]
+    ]
+    assert there == [0, *expected]
+    assert decoder.cache.stats().revived_tokens == sum(expected)
+
+
+def test_conversations_under_way_go_before_those_that_have_not_begun(decoder):
+    serving = demo.Serving(decoder, requests_of(30, turns=2))
+    begun, waiting = set(), []
+
+    def watch(progress):
+        begun.update(serving.choices)
+        waiting.append([request.turn for request in serving.waiting])
+
+    serving.run(watch)
+    assert all(turns == sorted(turns, reverse=True) for turns in waiting)
+    assert any({1, 2} <= set(turns) for turns in waiting)
+    order = [request.turn for request in serving.admitted]
+    assert order.index(2) < len(order) - 1 - order[::-1].index(1)
+
+
+def test_without_a_prefix_cache_nothing_is_skipped():
+    with KVCache(1, 1, 1, 512, 8, backend="none", prefix_cache=False) as cache:
+        decoder = Arithmetic(cache)
+        result = demo.run(decoder, requests_of(10, turns=3))
+    assert (result.skipped_tokens, result.skipped_share, decoder.computed) == (0, 0.0, result.prompt_tokens)
+
+
+def test_the_replay_repeats_its_own_answers(decoder):
+    """A wrong answer that was served does not reach the prompts that it is compared by."""
+    (opening,) = requests_of(1, turns=2)
+    prompts, alone = [], decoder.alone
+    decoder.alone = lambda prompt, num_tokens: prompts.append(prompt) or alone(prompt, num_tokens)
+    step = decoder.step
+    decoder.step = lambda tokens: [SimpleNamespace(token=1, logprob=0.0, margin=0.0) for _ in step(tokens)]
+    result = demo.run(decoder, [opening])
+    assert (result.difference.request_id, result.difference.position) == ("r000", 1)
+    right = [choice.token for choice in alone(opening.prompt, opening.num_tokens)]
+    assert prompts == [opening.prompt, (*opening.prompt, *right, *opening.later[0].text)]
+
+
+def test_progress_counts_all_turns(decoder):
+    seen = []
+    demo.run(decoder, requests_of(8, turns=3), seen.append)
+    assert {progress.requests for progress in seen} == {24}
+    assert [progress.finished for progress in seen if progress.phase == "replay"] == list(range(1, 25))
+    assert seen[-1].waiting == 0
+
+
 # --- comparing ----------------------------------------------------------------------------------------------
 
 
@@ -203,9 +326,9 @@ def bridge():
     return mlx_lm
 
 
-def run_on_a_model(bridge, corrupt=lambda cache, decoder: None, placement="contiguous"):
+def run_on_a_model(bridge, corrupt=lambda cache, decoder: None, placement="contiguous", count=12, turns=1):
     model = bridge.random_llama(0)
-    requests = demo.make_requests(12, demo.random_ids(1000, 512, 0), 768, 0)
+    requests = demo.make_requests(count, demo.random_ids(1000, 512, 0), 768, 0, turns)
     with bridge.cache_for(model, 768, placement=placement) as cache:
         decoder = bridge.Decoder(model, cache)
         corrupt(cache, decoder)
@@ -238,6 +361,53 @@ def test_a_paged_arena_gives_the_same_tokens(bridge):
     result = run_on_a_model(bridge, placement="paged")
     assert result.difference is None
     assert result.moves == 0
+
+
+@pytest.mark.parametrize("placement", ["contiguous", "paged"])
+def test_conversations_on_a_model_skip_prefill_and_every_token_is_right(bridge, placement):
+    fed = []
+
+    def count_prefill(cache, decoder):
+        prefill, model = decoder.prefill, decoder.model
+
+        def counted(*arguments):
+            decoder.model = lambda ids, cache: fed.append(ids.size) or model(ids, cache=cache)
+            choice = prefill(*arguments)
+            decoder.model = model
+            return choice
+
+        decoder.prefill = counted
+
+    result = run_on_a_model(bridge, count_prefill, placement, count=5, turns=3)
+    assert result.difference is None
+    assert result.largest_logprob_difference < 1e-3
+    assert result.skipped_tokens == result.prompt_tokens - sum(fed) > 0
+    assert result.by_turn[2].hits > 0
+    ways = {"contiguous": result.revived_tokens, "paged": result.shared_tokens}
+    assert ways[placement] > 0
+
+
+@pytest.mark.parametrize("placement", ["contiguous", "paged"])
+def test_a_wrong_prefix_is_found_out(bridge, placement):
+    """K and V of what is cached are overwritten, as a wrong hit would have them."""
+
+    def spoil(cache, decoder):
+        finish = decoder.finish
+
+        def spoiling(request_id):
+            table = cache.block_table(request_id)
+            finish(request_id)
+            slots = (table[:1] * cache.spec.block_size)[:, None] + np.arange(cache.spec.block_size)
+            for plane in cache.arena.planes[1].values():
+                if cache._owners()[table[0]] < 0:
+                    np.asarray(memoryview(plane))[:, slots.ravel()] = 0
+
+        decoder.finish = spoiling
+
+    result = run_on_a_model(bridge, spoil, placement, count=4, turns=3)
+    assert result.skipped_tokens > 0
+    assert not result.equal
+    assert "." in result.difference.request_id  # a later turn, the first ones had nothing wrong to find
 
 
 def forget_v_of_one_token(cache, decoder):
@@ -372,6 +542,26 @@ def test_the_map_shows_who_holds_which_block(view, decoder):
     assert len(cells) == 64
 
 
+def test_the_map_shows_what_is_cached(view, decoder):
+    decoder.cache.allocate_for("a", list(range(20)))
+    decoder.cache.commit("a")
+    decoder.cache.free_for("a")
+    decoder.cache.allocate_for("b", list(range(50, 60)))
+    progress = demo.Progress("serve", 2, 0, 2, 1.0, 0, ("b",), decoder.cache)
+    console = console_of(True)
+    console.print(view.DemoView(console).frame(progress))
+    cells = [character for character in console.file.getvalue() if character in "█·▂"]
+    assert (cells.count("█"), cells.count("▂"), len(cells)) == (2, 2, 64)
+
+
+def test_what_was_skipped_is_shown_while_it_runs(view, decoder):
+    console = console_of(True)
+    with view.DemoView(console) as watch:
+        result = demo.run(decoder, requests_of(10, turns=3), watch)
+    told = f"{result.skipped_tokens:,} of {result.prompt_tokens:,} prompt tokens skipped"
+    assert told in console.file.getvalue()
+
+
 def test_a_large_arena_is_drawn_with_several_blocks_a_cell(view):
     with KVCache(1, 1, 1, 2**20, 1, backend="none") as cache:
         cache.allocate_for("a", 2**19)
@@ -393,6 +583,22 @@ def test_the_verdict_of_equal_tokens(view, decoder):
     text = printed(view, demo.run(decoder, requests_of(5)))
     assert text.startswith("what was run")
     assert text.endswith("of 5 requests are the same as alone, with mlx-lm's own cache")
+
+
+def test_what_was_skipped_is_printed_turn_by_turn(view, decoder):
+    result = demo.run(decoder, requests_of(10, turns=3))
+    text = printed(view, result)
+    skipped = f"{result.skipped_tokens:,} of {result.prompt_tokens:,} tokens skipped"
+    assert f"prefill {skipped} ({result.skipped_share:.0%}): " in text
+    for turn in result.by_turn:
+        assert f"{turn.turn} │ 10 │ {turn.hits} │ {turn.prompt_tokens:,} │ {turn.skipped_tokens:,} │" in text
+    assert "mlx-lm's cache, nothing skipped" in text
+
+
+def test_of_single_requests_that_skip_nothing_no_prefill_is_printed(view, decoder):
+    text = printed(view, demo.run(decoder, requests_of(5)))
+    assert "prefill" not in text
+    assert "mlx-lm's cache, one by one" in text
 
 
 def test_the_verdict_of_a_difference_names_it(view, decoder):

@@ -303,6 +303,116 @@ def test_a_cut_through_a_shared_block_without_room_for_a_copy_is_refused(model, 
     assert layers[0].offset == 32
 
 
+# --- one sequence, whose beginning is there -----------------------------------------------------------------
+
+
+def reply(model, cache, prompt, num_tokens, request_id, steps_of=None):
+    """An answer to a prompt of which only what is not there is computed, named and let go; and what was there."""
+    grant = cache.allocate_for(request_id, prompt, max_new_tokens=num_tokens + 8)
+    layers = bridge.prompt_cache(cache, request_id, cached_tokens=grant.cached_tokens)
+    rest = prompt[grant.cached_tokens :]
+    answer = decode(model, rest, num_tokens, layers) if steps_of is None else steps_of(rest, layers)
+    cache.set_tokens(request_id, answer[: cache.used_tokens(request_id) - len(prompt)])
+    cache.free_for(request_id)
+    return answer, grant.cached_tokens
+
+
+@pytest.mark.parametrize("placement", ["contiguous", "paged"])
+@pytest.mark.parametrize("architecture", STOCK + OWN)
+def test_turns_of_a_conversation_decode_the_tokens_of_its_whole_prompt(architecture, placement, cache_of):
+    model, said = tiny(architecture), prompt_of(37)
+    cache, found = cache_of(model, placement=placement), []
+    for turn in range(3):
+        answer, cached = reply(model, cache, said, 12, turn)
+        assert answer == decode(model, said, 12)
+        found.append(cached)
+        said = [*said, *answer, *prompt_of(9, turn)]
+    assert found == [0, (37 + 12) // 8 * 8, (37 + 12 + 9 + 12) // 8 * 8]
+
+
+@pytest.mark.parametrize("placement", ["contiguous", "paged"])
+def test_conversations_share_what_they_begin_with(model, cache_of, placement):
+    cache, system = cache_of(model, placement=placement), prompt_of(24)
+    first, second = [*system, *prompt_of(7, 1)], [*system, *prompt_of(11, 2)]
+    assert cache.allocate_for("a", first, max_new_tokens=20)
+    layers = bridge.prompt_cache(cache, "a")
+    steps = generate_step(mx.array(first), model, max_tokens=20, prompt_cache=layers)
+    mine = [next(steps)[0] for _ in range(5)]
+    assert reply(model, cache, second, 12, "b") == (decode(model, second, 12), 24)
+    assert mine + [token for token, _ in steps] == decode(model, first, 20)
+
+
+@pytest.mark.parametrize("taken", [1, 3, 11, 12])
+def test_of_an_answer_that_is_ended_early_all_that_was_yielded_can_be_named(model, cache_of, taken):
+    cache, prompt = cache_of(model), prompt_of(21)
+
+    def some(rest, layers):
+        steps = generate_step(mx.array(rest), model, max_tokens=12, prompt_cache=layers)
+        return [next(steps)[0] for _ in range(taken)]
+
+    answer, _ = reply(model, cache, prompt, 12, "a", some)
+    assert answer == decode(model, prompt, taken)
+    longer = [*prompt, *answer, *prompt_of(5)]
+    assert reply(model, cache, longer, 12, "b") == (decode(model, longer, 12), (21 + taken) // 8 * 8)
+
+
+def test_the_answer_of_stream_generate_can_be_named_up_to_its_end(model, cache_of):
+    cache, prompt = cache_of(model), prompt_of(21)
+    expected = decode(model, prompt, 12)
+    tokenizer = word_tokenizer()
+
+    def streamed(rest, layers):
+        answers = stream_generate(model, tokenizer, rest, max_tokens=12, prompt_cache=layers)
+        return [answer.token for answer in answers]
+
+    assert reply(model, cache, prompt, 12, "a", streamed) == (expected, 0)
+    longer = [*prompt, *expected, *prompt_of(5)]
+    assert reply(model, cache, longer, 12, "b") == (decode(model, longer, 12), (21 + 12) // 8 * 8)
+
+
+@pytest.mark.parametrize("num_tokens", [11, 20])
+def test_what_speculative_decoding_accepted_is_found_again(model, cache_of, num_tokens):
+    prompt, helper = prompt_of(25), tiny("llama", seed=1)
+    cache, theirs = cache_of(model), cache_of(helper)
+
+    def speculated(rest, layers):
+        drafts = admitted(theirs, prompt, 40)
+        steps = speculative_generate_step(
+            mx.array(rest),
+            model,
+            helper,
+            num_draft_tokens=3,
+            max_tokens=num_tokens,
+            prompt_cache=layers + drafts,
+        )
+        return [token for token, _, _ in steps]
+
+    answer, _ = reply(model, cache, prompt, num_tokens, "a", speculated)
+    assert answer == decode(model, prompt, num_tokens)
+    longer = [*prompt, *answer, *prompt_of(9)]
+    following, cached = reply(model, cache, longer, 12, "b")
+    assert following == decode(model, longer, 12)
+    assert cached >= (25 + num_tokens - 1) // 8 * 8
+
+
+def test_an_answer_without_names_is_not_found(model, cache_of):
+    cache, prompt = cache_of(model), prompt_of(24)
+    answer = decode(model, prompt, 20, admitted(cache, prompt, 20))
+    cache.free_for("a")
+    assert cache.probe([*prompt, *answer, 1]) == 24
+
+
+def test_of_a_prompt_that_was_not_computed_to_its_end_only_what_was_is_found(model, cache_of):
+    cache, prompt = cache_of(model), prompt_of(40)
+    layers = admitted(cache, prompt, 8)
+    mx.eval(model(mx.array(prompt[:19])[None], cache=layers))
+    cache.free_for("a")
+    assert reply(model, cache, prompt, 8, "b") == (decode(model, prompt, 8), 16)
+
+
+# --- masks and states ---------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("window", [None, 5, 64])
 @pytest.mark.parametrize("offset", [0, 11])
 @pytest.mark.parametrize("n", [1, 4])
@@ -695,6 +805,43 @@ def test_the_decoder_serves_moving_sequences_beside_another_thread(model, cache_
     for request_id, prompt in prompts.items():
         assert [choice.token for choice in out[request_id]] == decode(model, prompt, 25)
     assert cache.stats().moves > 0
+
+
+@pytest.mark.parametrize("placement", ["contiguous", "paged"])
+def test_the_decoder_finds_what_it_decoded_in_a_batch(model, cache_of, placement):
+    cache = cache_of(model, placement=placement)
+    decoder, said = bridge.Decoder(model, cache), {name: prompt_of(20, ord(name)) for name in "abc"}
+    found = []
+    for turn in range(2):
+        answers = {}
+        for name, prompt in said.items():
+            grant = cache.allocate_for((name, turn), prompt, max_new_tokens=16)
+            found.append(grant.cached_tokens)
+            answers[name] = [decoder.prefill((name, turn), prompt, grant.cached_tokens)]
+        for _ in range(15):
+            newest = [choices[-1].token for choices in answers.values()]
+            for choices, choice in zip(answers.values(), decoder.step(newest), strict=True):
+                choices.append(choice)
+        for name, choices in answers.items():
+            tokens = [choice.token for choice in choices]
+            assert tokens == decode(model, said[name], 16)
+            decoder.finish((name, turn))
+            said[name] = [*said[name], *tokens, *prompt_of(6, turn)]
+    assert found == [0, 0, 0, 32, 32, 32]  # 20 + 15 tokens were put in
+
+
+def test_tokens_of_a_batch_may_be_named_after_the_step(model, cache_of):
+    cache, prompt = cache_of(model), prompt_of(14)
+    rows, tokens = prefilled(model, cache, {"a": prompt}, 10)
+    answer = list(tokens)
+    for _ in range(10):
+        tokens = step_greedily(model, rows, tokens)
+        rows.batch.set_tokens(answer[-1:])
+        answer += tokens
+    cache.free_for("a")
+    assert cache.probe([*prompt, *answer]) == 24
+    following = [*prompt, *answer, 5]
+    assert reply(model, cache, following, 8, "b") == (decode(model, following, 8), 24)
 
 
 def test_the_decoder_refuses_a_step_for_all_or_none(model, cache_of):

@@ -8,15 +8,17 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from replay_model import Anywhere, Buddies, simulate
 
 import kvcache
+from kvcache.block_map import CACHED, FREE, GROUNDS, KEPT
 from kvcache.replay import Replay, ReplayFault, Settings, chosen, replay
 from kvcache.replay_baselines import Buddy, Reserve, RunCache
-from kvcache.replay_film import Film
+from kvcache.replay_film import Film, block_owners
 from kvcache.replay_sweep import cells_of, record_of, sweep
 from kvcache.traces import Trace, read_trace
 
@@ -424,6 +426,36 @@ def test_a_record_is_json_whatever_is_in_it():
     assert (record["overcommit"], record["trace"], record["bad_rows"]) == ("inf", "small", 0)
     known = dataclasses.replace(SMALL, max_tokens_known=True)
     assert record_of(trace, known, replay(trace, known))["overcommit"] == 1.0
+
+
+def test_what_is_cached_has_a_colour_and_is_named():
+    pytest.importorskip("matplotlib")
+    from kvcache.replay_plot import _any_cached, _coloured
+
+    owners = np.array([[FREE, CACHED], [3, CACHED]])
+    cells = _coloured(owners, {"mean_sequences": 4})
+    assert [tuple(cell) for cell in cells[0]] == [GROUNDS[False], KEPT[False]]
+    assert tuple(cells[1, 0]) not in {GROUNDS[False], KEPT[False]}
+    assert _any_cached(SimpleNamespace(maps=[owners[:, 0], owners[:, 1]]))
+    assert not _any_cached(SimpleNamespace(maps=[owners[:, 0]]))
+
+
+@pytest.mark.parametrize("placement", ["contiguous", "paged"])
+def test_a_film_shows_what_is_cached(placement):
+    settings = dataclasses.replace(SMALL, placement=placement)
+    with settings.open_pool() as pool:
+        pool.allocate_for(0, list(range(3 * settings.block_size + 1)))
+        pool.commit(0)
+        kept = pool.block_table(0)[:3].tolist()
+        pool.free_for(0)
+        pool.allocate_for(7, 2 * settings.block_size)
+        batch = pool.batch([7])
+        meter = SimpleNamespace(stats=pool.stats(), starts=batch.starts, lengths=batch.lengths)
+        now = SimpleNamespace(settings=settings, meter=meter, pool=pool, live=[7])
+        owners = block_owners(now)
+        assert np.flatnonzero(owners == CACHED).tolist() == sorted(kept)
+        assert np.flatnonzero(owners == 7).tolist() == sorted(pool.block_table(7))
+        assert (owners == FREE).sum() == settings.num_blocks - 5
 
 
 @pytest.mark.parametrize("placement", ["contiguous", "paged", "buddy"])

@@ -44,6 +44,18 @@ def test_a_single_picture_where_there_is_no_terminal(busy, capsys):
     assert text.count("▒") == 4  # three blocks, and the legend
 
 
+def test_what_is_cached_is_drawn_low_and_counted(make_cache):
+    cache = make_cache()
+    for name in ("a", "b"):
+        cache.allocate_for(name, list(range(13)), max_new_tokens=4)
+        cache.commit(name)
+        cache.free_for(name)
+    text = pictured(snapshot(cache))
+    assert text.count("▂") == 3 + 1  # three blocks, and the legend
+    words = [line.strip("│ ").split() for line in text.splitlines()]
+    assert ["prompt", "tokens", "26"] in words and ["of", "these", "cached", "12"] in words
+
+
 def test_the_address_is_found_through_the_file(busy, capsys, tmp_path):
     busy.serve_status(pid_file=tmp_path / "pid")
     assert main(["top", "--pid-file", str(tmp_path / "pid"), "--frames", "2", "--interval", "0.1"]) == 0
