@@ -12,7 +12,7 @@ from kvcache._check cimport check_pool
 from kvcache._copy cimport Copier, Sources
 from kvcache._door cimport Allocation, Door
 from kvcache._ids cimport as_count
-from kvcache._lock cimport kv_lock, kv_lock_runs_python
+from kvcache._lock cimport kv_lock, kv_lock_runs_python, kv_lock_try
 from kvcache._pool cimport (
     GONE,
     HELD,
@@ -27,6 +27,7 @@ from kvcache._pool cimport (
     my_hold,
     overwrites_held,
     place_of,
+    pool_t,
     sight_t,
     slot_of,
     status_t,
@@ -41,6 +42,35 @@ from kvcache._space cimport held
 from kvcache._writes cimport own_and_span, write_spans
 
 from kvcache.errors import CacheFull, KVCacheError
+
+
+cdef struct seen_t:  # of a pool, at one moment; in blocks, tokens and times
+    sight_t sight
+    int64_t live
+    int64_t used
+    int64_t there          # free, cached ones included
+    int64_t longest
+    int64_t cached
+    int64_t pinned
+    int64_t claims
+    int64_t limbo          # free when the last hold ends
+    int64_t moves
+    int64_t moved
+    int64_t moved_cached
+    int64_t copied
+    int64_t spills
+    int64_t heals
+    int64_t pause
+
+
+cdef void see_and_unlock(pool_t *pool, seen_t *seen) noexcept nogil:
+    seen.sight = pool.sight
+    seen.live, seen.claims, seen.limbo = pool.space.live, pool.claims, waiting_blocks(pool)
+    seen.used, seen.there, seen.longest = used_blocks(pool), free_blocks(pool), longest_free(pool)
+    seen.cached, seen.pinned = pool.index.cached_blocks, pool.index.pinned_blocks
+    seen.moves, seen.moved, seen.moved_cached = pool.moves, pool.moved_tokens, pool.moved_cached
+    seen.copied, seen.spills, seen.heals, seen.pause = pool.copied_tokens, pool.spills, pool.heals, pool.longest_pause
+    pool_unlock(pool)
 
 
 cdef class Looks(Door):
@@ -226,28 +256,29 @@ cdef class Looks(Door):
 
     def _figures(self, int64_t block_bytes, int64_t token_bytes, int64_t arena_copies, tuple memory not None):
         """The values of a `CacheStats`, those of the pool taken under the lock."""
+        cdef seen_t seen
         self.known()
-        self.lock_pool()
-        cdef sight_t sight = self.pool.sight
-        cdef int64_t live = self.pool.space.live, used = used_blocks(&self.pool)
-        cdef int64_t there = free_blocks(&self.pool)
-        cdef int64_t longest = longest_free(&self.pool)
-        cdef int64_t claims = self.pool.claims, limbo = waiting_blocks(&self.pool)
-        cdef int64_t pinned = self.pool.index.pinned_blocks
-        cdef int64_t cached = self.pool.index.cached_blocks, moved_cached = self.pool.moved_cached
-        cdef int64_t moves = self.pool.moves, moved = self.pool.moved_tokens, copied = self.pool.copied_tokens
-        cdef int64_t spills = self.pool.spills, heals = self.pool.heals, pause = self.pool.longest_pause
-        pool_unlock(&self.pool)
+        if kv_lock_try(&self.pool.lock):
+            see_and_unlock(&self.pool, &seen)
+        else:
+            self.before_waiting()
+            with nogil:  # until it is unlocked: whoever wants the lock is not kept waiting for the GIL as well
+                kv_lock(&self.pool.lock)
+                see_and_unlock(&self.pool, &seen)
+        cdef sight_t *sight = &seen.sight
+        cdef int64_t used = seen.used, there = seen.there
         cdef int64_t bucket
         sight.latencies[0] += sight.admissions - sight.num_timed
         return (
-            live, used + there, used, there, cached, pinned, claims, longest, fragmentation_of(longest, there),
+            seen.live, used + there, used, there, seen.cached, seen.pinned, seen.claims,
+            seen.longest, fragmentation_of(seen.longest, there),
             used * block_bytes, there * block_bytes, (used + there) * block_bytes,
             max(sight.past.used, sight.peak.used),
-            moves, moved, moved * token_bytes, copied, moved_cached, sight.reuse.revived_tokens,
+            seen.moves, seen.moved, seen.moved * token_bytes, seen.copied, seen.moved_cached,
+            sight.reuse.revived_tokens,
             sight.reuse.for_room + sight.reuse.for_quota + sight.reuse.cleared,
-            spills, heals, pause, arena_copies,
-            limbo, max(sight.past.live, sight.peak.live), max(sight.past.claims, sight.peak.claims),
+            seen.spills, seen.heals, seen.pause, arena_copies,
+            seen.limbo, max(sight.past.live, sight.peak.live), max(sight.past.claims, sight.peak.claims),
             sight.peak.used, sight.peak.live, sight.peak.claims, sight.admissions, sight.frees,
             sight.refused.arena_full, sight.refused.promises, sight.refused.growth, sight.refused.past_limit,
             sight.reuse.queries, sight.reuse.query_tokens, sight.reuse.hit_tokens, sight.reuse.cold,
