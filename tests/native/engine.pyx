@@ -80,10 +80,10 @@ cdef void *admit_ids(void *argument) noexcept nogil:
     cdef int32_t ids[25]
     cdef request_t request
     cdef handle_t handle
-    cdef int64_t number
+    cdef int64_t number, _round
     for number in range(25):
         ids[number] = <int32_t>(number % 3)
-    for number in range(job.rounds):
+    for _round in range(job.rounds):
         request = counted(24, 32)
         request.ids = ids
         if pool_admit(job.pool, &request, &handle):
