@@ -278,6 +278,14 @@ def test_conversations_are_found_as_a_reference_simulation_finds_them(mooncake, 
     assert figures.prefix_hit_ratio_last_half == pytest.approx(last_half, abs=2e-4)
 
 
+@pytest.mark.parametrize(
+    ("num_blocks", "least"), [(500, 0.0404), (1000, 0.060), (5000, 0.135), (10000, 0.223), (50000, 0.3738)]
+)
+def test_conversations_are_kept_by_worth(mooncake, num_blocks, least):
+    settings = Settings(num_blocks * 512, 512, "paged", prefix=True, prefill_only=True, policy="worth")
+    assert replay(mooncake, settings).prefix_hit_ratio_last_half >= least
+
+
 def most_that_can_be_found(trace, numbers):
     """Tokens of blocks that an earlier prompt had, the last token of a prompt always left out."""
     seen, found = set(), 0
@@ -289,9 +297,12 @@ def most_that_can_be_found(trace, numbers):
     return found * trace.prefixes.block_tokens
 
 
-def test_sessions_find_nearly_all_that_there_is_where_one_fits():
+@pytest.mark.parametrize("policy", ["lru", "worth"])
+def test_sessions_find_nearly_all_that_there_is_where_one_fits(policy):
     trace = real("weka_claude_code.jsonl.gz")
-    settings = Settings(14000 * 64, 64, "paged", prefix=True, prefill_only=True, max_requests=1500)
+    settings = Settings(
+        14000 * 64, 64, "paged", prefix=True, prefill_only=True, max_requests=1500, policy=policy
+    )
     figures = replay(trace, settings)
     ideal = most_that_can_be_found(trace, chosen(trace, settings)[0]) / figures.prompt_tokens
     assert figures.prefix_hit_ratio == pytest.approx(ideal, abs=0.005)
