@@ -1,6 +1,9 @@
 """kvcache: the memory manager for the key/value caches of language-model inference."""
 
 from kvcache._alloc import Allocation
+from kvcache._door import CachedBlock
+from kvcache._ids import Tokens
+from kvcache._prefixes import CacheEvent
 from kvcache._runs import BlockAllocator, BlockRun
 from kvcache._version import __version__
 from kvcache.cache import DecodeBatch, KVCache
@@ -26,9 +29,11 @@ __all__ = [
     "BlockAllocator",
     "BlockRun",
     "CacheClosed",
+    "CacheEvent",
     "CacheFull",
     "CacheHeld",
     "CacheStats",
+    "CachedBlock",
     "CorruptCacheFile",
     "DecodeBatch",
     "IncompatibleCacheFile",
@@ -41,6 +46,7 @@ __all__ = [
     "RequestTooLarge",
     "SequenceExists",
     "Suspended",
+    "Tokens",
     "UnknownSequence",
     "UnreadableConfig",
     "__version__",

@@ -5,7 +5,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcache._door import Allocation as Allocation
-from kvcache._looks import Looks
+from kvcache._ids import Tokens
+from kvcache._prefixes import Prefixes
 
 __pyx_capi__: dict[str, Any]
 __test__: dict[str, str]
@@ -14,20 +15,25 @@ class Hold:
     def __enter__(self) -> Hold: ...
     def __exit__(self, *exception: object) -> None: ...
 
-class CacheCore(Looks):
+class CacheCore(Prefixes):
     def allocate_for(
         self,
         request_id: Hashable,
-        prompt: SupportsIndex | Sequence[int] | npt.NDArray[np.integer[Any]],
+        prompt: SupportsIndex | Sequence[int] | npt.NDArray[np.integer[Any]] | Tokens,
         *,
         max_tokens: SupportsIndex | None = None,
         max_new_tokens: SupportsIndex | None = None,
+        salt: Hashable | None = None,
+        priority: SupportsIndex = 0,
+        ttl: float | None = None,
     ) -> Allocation | None: ...
     def fork(self, request_id: Hashable, new_id: Hashable) -> Allocation | None: ...
     def free_for(self, request_id: Hashable) -> bool: ...
     def append_token(self, request_id: Hashable, token: SupportsIndex | None = None) -> bool: ...
     def append_tokens(
-        self, request_id: Hashable, tokens: SupportsIndex | Sequence[int] | npt.NDArray[np.integer[Any]]
+        self,
+        request_id: Hashable,
+        tokens: SupportsIndex | Sequence[int] | npt.NDArray[np.integer[Any]] | Tokens,
     ) -> bool: ...
     def truncate(self, request_id: Hashable, num_tokens: SupportsIndex) -> bool: ...
     def set_limit(self, request_id: Hashable, max_tokens: SupportsIndex) -> bool: ...
@@ -37,18 +43,21 @@ class CacheCore(Looks):
     def close(self) -> None: ...
     def _measured(
         self,
-        prompt: SupportsIndex | Sequence[int] | npt.NDArray[np.integer[Any]],
+        prompt: SupportsIndex | Sequence[int] | npt.NDArray[np.integer[Any]] | Tokens,
         max_tokens: SupportsIndex | None,
         max_new_tokens: SupportsIndex | None,
     ) -> tuple[int, int]: ...
     def _allocate_up_to(
         self,
         request_id: Hashable,
-        prompt: SupportsIndex | Sequence[int] | npt.NDArray[np.integer[Any]],
+        prompt: SupportsIndex | Sequence[int] | npt.NDArray[np.integer[Any]] | Tokens,
         max_tokens: SupportsIndex | None,
         max_new_tokens: SupportsIndex | None,
         least: int | None,
         keep: int,
+        salt: Hashable | None = None,
+        priority: SupportsIndex = 0,
+        ttl: float | None = None,
     ) -> Allocation | Literal[False] | None: ...
     def _append_now(self, request_id: Hashable, count: int) -> bool | None: ...
     def _is_live(self, record: Allocation) -> bool: ...

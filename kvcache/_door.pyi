@@ -1,10 +1,19 @@
 from collections.abc import Callable, Hashable
-from typing import Any, SupportsIndex, final
+from typing import Any, NamedTuple, SupportsIndex, final
 
 from kvcache._copy import Copier
 
 __pyx_capi__: dict[str, Any]
 __test__: dict[str, str]
+
+EVENTS: tuple[str, str, str]
+
+class CachedBlock(NamedTuple):
+    event: str
+    position: int
+    length: int
+    hits: int
+    time: float
 
 @final
 class Allocation:
@@ -35,7 +44,12 @@ class Door:
         paged: bool,
         overcommit: float,
         num_marks: int,
+        most_moved: int | None = None,
         copier: Copier | None = None,
+        order: int | None = 0,
+        clock: Callable[[], float] | None = None,
+        block_bytes: int = 1,
+        scorer: Any = None,
     ) -> None: ...
     def _watch(self, watcher: Callable[[Any], object]) -> None: ...
     def _unwatch(self, watcher: Callable[[Any], object]) -> None: ...
