@@ -14,6 +14,7 @@ TURNS = 2_000
 def native_floor(folder):
     """Compiles `_floor.pyx` in `folder`, an empty one; an instance of its class."""
     source = shutil.copy(Path(__file__).with_name("_floor.pyx"), folder)
+    shutil.copy(Path(__file__).parents[1] / "kvcache" / "_hash.h", folder)
     command = [sys.executable, "-m", "Cython.Build.Cythonize", "-3", "--inplace", "--quiet", str(source)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -118,6 +118,9 @@ RANKS = {
     "spec": 0,
 }
 DOORS = {
+    "_door",
+    "_ids",
+    "_prefixes",
     "_alloc",
     "_batch",
     "_copy",
