@@ -7,7 +7,6 @@ import warnings
 
 import numpy as np
 import pytest
-from kvcache._ids import Tokens
 from observation import unchanged
 
 from kvcache import (
@@ -24,6 +23,7 @@ from kvcache import (
     SequenceExists,
     UnknownSequence,
 )
+from kvcache._ids import Tokens
 
 ENORMOUS = [2**31 - 1, 2**31, 2**32 + 1, 2**63 - 1, 2**63, 2**64 + 1, 2**70]
 NO_INTS = [True, False, 1.0, float("nan"), "1", b"1", 1j, object()]

@@ -6,9 +6,10 @@ import weakref
 
 import numpy as np
 import pytest
-from kvcache._ids import Tokens
 from observation import unchanged
 from prompts import fill, leave, planes, run, shows
+
+from kvcache._ids import Tokens
 
 BOTH = pytest.mark.parametrize("placement", ["contiguous", "paged"])
 
