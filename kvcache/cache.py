@@ -44,9 +44,13 @@ class KVCache(TravelCore):
     overcommit : float
         Blocks held and claimed may be up to ``overcommit * num_blocks``. At 1.0 a granted limit is a promise.
     prefix_cache : bool
-        Whether a prompt may hit what freed sequences left. Nothing is kept yet, so that both values behave alike.
-    policy, clock
-        Reserved: only the values that stand for the present behaviour are accepted.
+        Whether a prompt given as token ids may find what others left, and leaves something itself.
+    policy : str or object
+        Which cached blocks leave first: ``"lru"`` (default), ``"lfu"``, ``"fifo"``, ``"priority"``, ``"worth"``, or an
+        object with a method ``score(block)``, which is given a `CachedBlock`: the least leaves first.
+    clock : callable, optional
+        What `ttl` and a policy mean by time: called once per `allocate_for`, `free_for`, `fork` and `commit`, never
+        under the lock. By default these calls are counted.
     max_move_tokens : int, optional
         Used tokens that one call may move, for engines with a latency target; by default as many as it takes. What
         cannot be placed as one run within the bound is scattered (`is_contiguous` is False, views are gathered copies),
