@@ -17,8 +17,8 @@ cdef class Floor:
         """Hashes whole blocks of ids and compares them with the same ones elsewhere; how many are equal, in all."""
         cdef uint64_t[4] seed = [1, 2, 3, 4]
         cdef uint64_t hash = 0
-        cdef int64_t at, turn, equal = 0, length = len(ids)
-        for turn in range(turns):
+        cdef int64_t at, equal = 0, length = len(ids)
+        for _ in range(turns):
             for at in range(0, length - width + 1, width):
                 hash ^= kv_hash_ids(&ids[at], width, seed)
                 equal += memcmp(&ids[at], &other[at], width * sizeof(int32_t)) == 0
