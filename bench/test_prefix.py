@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-from scenes import BLOCK, books
-
 from kvcache._ids import Tokens
+from scenes import BLOCK, books
 
 pytestmark = pytest.mark.benchmark(group="prefixes")
 
