@@ -442,7 +442,7 @@ def test_what_is_cached_has_a_colour_and_is_named():
 
 @pytest.mark.parametrize("placement", ["contiguous", "paged"])
 def test_a_film_shows_what_is_cached(placement):
-    settings = dataclasses.replace(SMALL, placement=placement)
+    settings = dataclasses.replace(SMALL, placement=placement, prefix=True)
     with settings.open_pool() as pool:
         pool.allocate_for(0, list(range(3 * settings.block_size + 1)))
         pool.commit(0)
