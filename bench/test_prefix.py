@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from kvcache._ids import Tokens
 from scenes import BLOCK, books
+
+from kvcache._ids import Tokens
 
 pytestmark = pytest.mark.benchmark(group="prefixes")
 
