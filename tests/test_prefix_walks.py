@@ -91,9 +91,12 @@ class Walk:
         for blocks in range(1, found // self.size + 1):
             assert (salt, tuple(prompt[: blocks * self.size])) in self.committed
         form = self.chance.choice([list, tuple, np.array])
+        priority, ttl = self.chance.choice([0, 0, 3, -1]), self.chance.choice([None, 5, 20.5])
 
         def allocate(cache):
-            grant = cache.allocate_for(name, form(prompt), salt=salt, max_tokens=limit)
+            grant = cache.allocate_for(
+                name, form(prompt), salt=salt, max_tokens=limit, priority=priority, ttl=ttl
+            )
             return grant and grant.cached_tokens
 
         before = self.caches[0].stats()
@@ -247,6 +250,101 @@ class Walk:
         for cache in self.caches:
             cache.close()
         return stats
+
+
+class KeepingWalk(Walk):
+    """With pins, priorities, quotas, events, and the end of everything that is cached, too."""
+
+    ACTIONS = ("pin", "unpin", "limit", "tell", "clear")
+
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named)
+        self.pins = []
+        self.limits = {}  # salt -> most cached blocks
+        self.stored = {}  # number of a block that events have told of -> its tokens
+
+    def both(self, call):
+        before = [cache.stats().pinned_blocks for cache in self.caches]
+        assert before[0] == before[1]
+        return super().both(call)
+
+    def pin(self):
+        what = {"tokens": self.prompt(), "salt": self.chance.choice(SALTS)}
+        if self.tokens and self.chance.random() < 0.5:
+            what = {"request_id": self.pick()}
+        before = self.caches[0].stats()
+        pinned = self.both(lambda cache: cache.pin(**what))
+        if pinned:
+            self.pins.append((what, pinned))
+            if len(what.get("tokens", ())) in range(1, self.blocks * self.size):
+                assert self.caches[0].probe([*what["tokens"], 0], what["salt"]) >= pinned
+        else:
+            assert self.caches[0].stats() == before
+
+    def unpin(self):
+        if self.pins:
+            what, _ = self.chance.choice(self.pins)
+            last = max(number for number, (other, _) in enumerate(self.pins) if other == what)
+            what, pinned = self.pins.pop(last)
+            assert self.both(lambda cache: cache.unpin(**what)) == pinned
+
+    def limit(self):
+        most = self.chance.choice([0, 1, 3, None])
+        self.both(lambda cache: cache.set_quota("a", most and most * cache.spec.block_bytes))
+        self.limits["a"] = most
+
+    def tell(self):
+        for event in self.caches[0].events():
+            if event.kind == "stored":
+                assert event.block not in self.stored and event.salt in SALTS and event.dropped == 0
+                assert len(event.tokens) == self.size
+                self.stored[event.block] = event.tokens
+            elif event.kind == "evicted":
+                assert self.stored.pop(event.block, event.tokens) == event.tokens
+            else:
+                self.stored.clear()
+
+    def clear(self):
+        if self.chance.random() < 0.2:
+            self.both(lambda cache: cache.clear_prefix_cache())
+            self.pins.clear()
+            self.known = dict.fromkeys(self.known, -1)  # nothing more of them is kept
+            assert self.caches[0].stats().cached_blocks == self.caches[0].stats().pinned_blocks == 0
+
+    def act(self, action):
+        if self.chance.random() < 0.3:
+            getattr(self, self.chance.choice(self.ACTIONS))()
+            self.compare()
+        super().act(action)
+
+    def walk(self, steps):
+        actions = (
+            ["allocate"] * 4 + ["free"] * 3 + ["append"] * 3 + ["step", "fork", "truncate", "rewrite", "hold"]
+        )
+        for _ in range(steps):
+            self.act(self.chance.choice(actions))
+            self.compare()
+        for name in list(self.tokens):
+            assert self.both(lambda cache, name=name: cache.free_for(name)) is True
+        self.tokens.clear()
+        for what, _ in reversed(self.pins):
+            assert self.both(lambda cache, what=what: cache.unpin(**what))
+        self.compare()
+        assert self.caches[0].stats().used_blocks == self.caches[0].stats().pinned_blocks == 0
+        for cache in self.caches:
+            cache.close()
+
+
+@pytest.mark.parametrize("placement", ["contiguous", "paged"])
+@pytest.mark.parametrize("policy", ["lru", "priority", "lfu", "fifo", "worth"])
+@pytest.mark.parametrize("seed", range(int(4 * DEPTH)))
+def test_pins_quotas_and_clearing_leave_every_hit_right(placement, policy, seed):
+    KeepingWalk(seed, placement, policy=policy).walk(150)
+
+
+@pytest.mark.parametrize("seed", range(int(4 * DEPTH)))
+def test_pins_and_quotas_under_a_bound_on_moves_leave_every_hit_right(seed):
+    KeepingWalk(seed, "contiguous", 4).walk(150)
 
 
 @pytest.mark.parametrize("placement", ["contiguous", "paged"])
