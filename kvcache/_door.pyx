@@ -403,13 +403,16 @@ cdef class Door:
         key = (type(salt), salt)
         number = self.limited.get(key)
         if number is None:
-            number = self.salts.pop(key, None)
+            number = self.salts.get(key)
             if number is None:
                 self.lock_pool()
                 self.last_salt += 1
                 number = self.last_salt
                 pool_unlock(&self.pool)
-            number = self.salts.setdefault(key, number)
+                number = self.salts.setdefault(key, number)  # another thread may have come first
+            elif 2 * len(self.salts) > most:  # some will soon be dropped: not one that is in use
+                self.salts.pop(key, None)
+                number = self.salts.setdefault(key, number)
         while len(self.salts) > most:  # more than there are blocks: the longest unused has nothing that is found
             self.salts.pop(next(iter(self.salts)), None)
         return number
