@@ -241,19 +241,33 @@ cdef class CacheCore(Prefixes):
         record.max_tokens, record.cached_tokens = request.limit, request.cached
         return self.enter(record) if self.answer(status, request_id) else None
 
-    def _append_now(self, request_id, int64_t count):
-        """Growth that does not wait: True or False, None where it would have to wait for a hold of another thread."""
+    def _append_now(self, request_id, tokens):
+        """Growth, by a count or by ids, that does not wait: True or False, None where it would have to wait for a hold of
+        another thread.
+        """
         cdef Allocation found = self.find(request_id)
         cdef handle_t handle = found.handle
         cdef status_t status = STALE
         cdef bint mine = False
-        self.lock_pool()
-        with nogil:
-            self.pool.pause = 0
-            if is_live(&self.pool, handle):
-                status = append(&self.pool, place_of(handle), count, True)
-            mine = status == HELD and my_hold(&self.pool) != NULL
-            pool_unlock(&self.pool)
+        cdef ids_t ids
+        ids.data, ids.own, ids.lent = NULL, NULL, False
+        if is_count(tokens):
+            ids.count = as_count(tokens, "tokens", 0)
+        else:
+            read_ids(tokens, &ids)
+        try:
+            self.lock_pool()
+            with nogil:
+                self.pool.pause = 0
+                if is_live(&self.pool, handle):
+                    status = append(&self.pool, place_of(handle), ids.count, True)
+                    if status == OK and ids.data != NULL:
+                        note_ids(&self.pool, place_of(handle),
+                                 self.pool.space.hot[place_of(handle)].tokens - ids.count, ids.data, ids.count)
+                mine = status == HELD and my_hold(&self.pool) != NULL
+                pool_unlock(&self.pool)
+        finally:
+            drop_ids(&ids)
         if status == HELD and not mine:
             return None
         return self.answer(status, request_id)

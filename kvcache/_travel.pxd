@@ -15,6 +15,7 @@ cdef class Journey:
     cdef readonly bint moving      # on its way out or back: one transfer at a time
     cdef readonly int64_t in_place  # leading tokens that the index had, where it came back without its chunks
     cdef public object chunks      # for whoever carries it: what has been put where
+    cdef public object transfer    # for whoever carries it: the present or the last one
     cdef handle_t handle           # of the blocks that it has, which nobody else knows; 0 for none
     cdef int32_t salt
     cdef object marks              # int32 [num_marks]

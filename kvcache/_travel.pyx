@@ -30,6 +30,7 @@ from kvcache._pool cimport (
     handle_t,
     is_live,
     keeps,
+    my_hold,
     place_of,
     request_t,
     reuse_t,
@@ -80,16 +81,54 @@ cdef class TravelCore(CacheCore):
             return CacheCore.block_table(self, request_id)
         return np.empty(0, np.int32)
 
+    def is_suspended(self, request_id):
+        """Whether the sequence's K/V are elsewhere, or on their way out or back.
+
+        Parameters
+        ----------
+        request_id : hashable
+
+        Returns
+        -------
+        bool
+
+        Raises
+        ------
+        UnknownSequence
+        """
+        return self._is_away(self.find(request_id))
+
+    def _is_away(self, Allocation record not None):
+        """Whether the very sequence that was granted is suspended or on its way."""
+        cdef Journey journey = self.journey_of(record.request_id)
+        return journey is not None and journey.record is record
+
+    def _transfer_of(self, request_id):
+        """What carries a sequence that is suspended or on its way, or has carried it last; None for one that is here."""
+        cdef Journey journey = self.journey_of(request_id)
+        return None if journey is None else journey.transfer
+
+    def _is_live(self, Allocation record not None):
+        """Whether the very sequence that was granted lives, suspended or not."""
+        if CacheCore._is_live(self, record):
+            return True
+        return self.away is not None and (self._is_away(record) or CacheCore._is_live(self, record))  # back since
+
     def _num_away(self):
         """Sequences that are suspended or on their way."""
         return 0 if self.away is None else len(self.away)
 
     # -- leaving
 
-    def _depart(self, request_id):
-        """A live sequence sets out: its `Journey`. From now on its id is `Suspended`, its blocks are still held."""
+    def _depart(self, request_id, transfer=None, Allocation granted=None):
+        """A live sequence, of this grant if there is one, sets out: its `Journey`. From now on its id is `Suspended`, its
+        blocks are still held.
+        """
         cdef Allocation record = self.find(request_id)
         cdef Journey journey = Journey.__new__(Journey)
+        if granted is not None and granted is not record:
+            raise UnknownSequence(request_id=request_id)
+        journey.transfer = transfer
         journey.record, journey.moving = record, True
         if self.away is None:
             self.away = {}
@@ -213,14 +252,17 @@ cdef class TravelCore(CacheCore):
 
     # -- coming back
 
-    def _return(self, request_id, bint recompute):
-        """A suspended sequence sets out to come back: its `Journey`, or None when it does not fit now."""
+    def _return(self, request_id, bint recompute, bint patient=True):
+        """A suspended sequence sets out to come back: its `Journey`, or None when it does not fit now. False, unless
+        `patient`: it would have to wait for a hold of another thread.
+        """
         cdef Allocation record = self.find(request_id)
         cdef Journey journey = self.journey_of(request_id)
         cdef const int32_t[::1] known
         cdef const int32_t *ids = NULL
         cdef status_t status = STALE
         cdef int64_t cached = 0
+        cdef bint mine = False
         if journey is None or journey.record is not record:
             self.live(record)
             pool_unlock(&self.pool)
@@ -240,8 +282,9 @@ cdef class TravelCore(CacheCore):
             while True:
                 self.pool.pause = 0
                 status = CLOSED if self.pool.closed else self.admit_journey(journey, ids, &cached)
-                if status != HELD or wait_for_holds(&self.pool) != OK:
+                if status != HELD or not patient or wait_for_holds(&self.pool) != OK:
                     break
+            mine = status == HELD and my_hold(&self.pool) != NULL
             pool_unlock(&self.pool)
         if not self.knows(record):  # freed meanwhile
             if status == OK:
@@ -250,6 +293,8 @@ cdef class TravelCore(CacheCore):
             raise UnknownSequence(request_id=request_id)
         if status != OK:
             journey.moving = False
+            if status == HELD and not (patient or mine):
+                return False
             self.answer(status, request_id)
             return None
         if recompute:
@@ -302,7 +347,7 @@ cdef class TravelCore(CacheCore):
         journey.moving = False
         if ok or not there:
             self.forget(journey)
-        if there and not ok and self.watchers is not None:
+        if there and self.watchers is not None:
             self.tell(journey.record.request_id)
         return there and (ok or self.is_away(journey))
 

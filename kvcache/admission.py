@@ -6,10 +6,12 @@ from contextlib import suppress
 
 from kvcache.course import Courses, stages_of
 from kvcache.desk import TenantLimit
+from kvcache.lease import Lease
 from kvcache.refusals import Fits, Refusal
-from kvcache.strategies import Chain, Evict, Reduce, Reject, Wait
+from kvcache.sleepers import TaskSleeper, ThreadSleeper
+from kvcache.strategies import Chain, Evict, Reduce, Reject, Swap, Wait
 from kvcache.tallies import QueueStats, TenantStats
-from kvcache.waiter import Lease, TaskSleeper, ThreadSleeper
+from kvcache.waiter import Returner
 
 __all__ = [
     "AllocationQueue",
@@ -22,6 +24,7 @@ __all__ = [
     "Reduce",
     "Refusal",
     "Reject",
+    "Swap",
     "TenantLimit",
     "TenantStats",
     "Wait",
@@ -109,7 +112,7 @@ class AllocationQueue(Courses):
         warn_after=30.0,
         clock=time.monotonic,
     ):
-        self._stages = stages_of(Reject() if strategy is None else strategy)
+        self._stages = stages_of(Reject() if strategy is None else strategy, cache)
         super().__init__(
             cache, name, keep_free, patience, most_overtaken, tenants, tenant_limit, warn_after, clock
         )
@@ -125,7 +128,11 @@ class AllocationQueue(Courses):
         max_new_tokens=None,
         tenant=None,
         priority=0,
+        salt=None,
+        cache_priority=0,
+        ttl=None,
         on_evict=None,
+        on_swap=None,
         strategy=None,
     ):
         """Admits a sequence, by the queue's strategy or another one, and waits for it if that says so.
@@ -137,8 +144,12 @@ class AllocationQueue(Courses):
         tenant : hashable
         priority : int
             Higher ones are granted first, until somebody is old.
+        salt, cache_priority, ttl
+            What `KVCache.allocate_for` calls `salt`, `priority` and `ttl`: of the prefixes that are found and kept.
         on_evict : callable, optional
             Called with the id before the sequence is evicted, by the thread that needs its memory.
+        on_swap : callable, optional
+            Called with the id and ``"leaving"``, then ``"suspended"`` or ``"intact"``: see `Swap`.
 
         Returns
         -------
@@ -152,12 +163,12 @@ class AllocationQueue(Courses):
         CacheHeld
             It would have to wait, and this thread has a hold open.
         """
-        stages = self._stages if strategy is None else stages_of(strategy)
-        lease = self._at_once(request_id, prompt, max_tokens, max_new_tokens, tenant, priority, on_evict)
+        stages = self._stages if strategy is None else stages_of(strategy, self._cache)
+        kept, owner = (salt, cache_priority, ttl), (priority, on_evict, on_swap)
+        lease = self._at_once(request_id, prompt, max_tokens, max_new_tokens, tenant, kept, owner)
         if lease is not None:
             return lease
-        waiter = self._newcomer(request_id, prompt, max_tokens, max_new_tokens, ThreadSleeper())
-        waiter.priority, waiter.on_evict = priority, on_evict
+        waiter = self._newcomer(request_id, prompt, max_tokens, max_new_tokens, ThreadSleeper(), kept, owner)
         return self._drive(waiter, self._serve(waiter, tenant, stages))
 
     def allocate_async(
@@ -169,21 +180,28 @@ class AllocationQueue(Courses):
         max_new_tokens=None,
         tenant=None,
         priority=0,
+        salt=None,
+        cache_priority=0,
+        ttl=None,
         on_evict=None,
+        on_swap=None,
         strategy=None,
     ):
         """As `allocate`, for tasks: ``await`` it for the lease, or enter it by ``async with``.
 
         A task that is cancelled, at whichever point, leaves the queue and holds nothing.
         """
-        stages = self._stages if strategy is None else stages_of(strategy)
+        stages = self._stages if strategy is None else stages_of(strategy, self._cache)
+
+        kept, owner = (salt, cache_priority, ttl), (priority, on_evict, on_swap)
 
         async def serve():
-            lease = self._at_once(request_id, prompt, max_tokens, max_new_tokens, tenant, priority, on_evict)
+            lease = self._at_once(request_id, prompt, max_tokens, max_new_tokens, tenant, kept, owner)
             if lease is not None:
                 return lease
-            waiter = self._newcomer(request_id, prompt, max_tokens, max_new_tokens, TaskSleeper())
-            waiter.priority, waiter.on_evict = priority, on_evict
+            waiter = self._newcomer(
+                request_id, prompt, max_tokens, max_new_tokens, TaskSleeper(), kept, owner
+            )
             return await self._drive_async(waiter, self._serve(waiter, tenant, stages))
 
         return Pending(serve())
@@ -199,21 +217,61 @@ class AllocationQueue(Courses):
             self.touch((request_id,))
             return True
         waiter = self._grower(request_id, tokens, ThreadSleeper())
-        if self._is_at_limit(waiter):
+        if waiter.is_past_limit:
             return self._refusal(waiter, "never_fits")
-        stages = self._stages if strategy is None else stages_of(strategy)
-        return self._drive(waiter, self._serve(waiter, None, stages))
+        stages = self._stages if strategy is None else stages_of(strategy, self._cache)
+        return self._drive(waiter, self._grow(waiter, stages))
 
     async def append_async(self, request_id, tokens=1, *, strategy=None):
         """As `append`, for tasks."""
         waiter = self._grower(request_id, tokens, TaskSleeper())
-        if self._cache._append_now(request_id, waiter.count):
+        if self._cache._append_now(request_id, tokens):
             self.touch((request_id,))
             return True
-        if self._is_at_limit(waiter):
+        if waiter.is_past_limit:
             return self._refusal(waiter, "never_fits")
-        stages = self._stages if strategy is None else stages_of(strategy)
-        return await self._drive_async(waiter, self._serve(waiter, None, stages))
+        stages = self._stages if strategy is None else stages_of(strategy, self._cache)
+        return await self._drive_async(waiter, self._grow(waiter, stages))
+
+    def resume(self, request_id, *, recompute=False, strategy=None):
+        """Brings a suspended sequence back, when there is room for it by the strategy, and waits until it is here.
+
+        It goes before all newcomers; those who return do so in the order in which they asked, beside each other where
+        they fit.
+
+        Parameters
+        ----------
+        request_id : hashable
+            Suspended by `Swap` or by `KVCache.suspend`; one that is still on its way out is waited for. A sequence that
+            is not suspended has arrived.
+        recompute : bool
+            As of `KVCache.resume`: room without K/V, for a sequence whose chunks are lost.
+        strategy : Strategy, optional
+            Instead of the queue's. `Reduce` has nothing to say here.
+
+        Returns
+        -------
+        Transfer or Refusal
+            The transfer has ended: ``ok``, or the id is suspended as before and `Transfer.reason` says why. Where there
+            is no room the refusal, which is False in a condition.
+
+        Raises
+        ------
+        UnknownSequence
+            It does not live, or has been freed meanwhile.
+        Suspended
+            Another thread or task is bringing it back.
+        CacheHeld, CacheClosed
+        """
+        waiter = Returner(request_id, ThreadSleeper(), recompute)
+        stages = self._stages if strategy is None else stages_of(strategy, self._cache)
+        return self._drive(waiter, self._bring_back(waiter, stages))
+
+    async def resume_async(self, request_id, *, recompute=False, strategy=None):
+        """As `resume`, for tasks. One that is cancelled leaves the sequence suspended, or on its way back."""
+        waiter = Returner(request_id, TaskSleeper(), recompute)
+        stages = self._stages if strategy is None else stages_of(strategy, self._cache)
+        return await self._drive_async(waiter, self._bring_back(waiter, stages))
 
     def touch(self, request_ids):
         """Says that these have been appended to otherwise, a batch for instance: they are evicted last."""
@@ -229,9 +287,9 @@ class AllocationQueue(Courses):
             return answer
         with self._turn:
             account = self._account(tenant)
-            verdict = self._verdict(account, None, answer.tokens, answer.max_tokens, None)
+            room = self._room_for(account)
             self._drop_if_idle(account)
-        return verdict
+        return room.judge(None, answer.tokens, answer.max_tokens, tenant=tenant)
 
     # ---- sight
 
@@ -273,7 +331,7 @@ class AllocationQueue(Courses):
                 self._wake_late()
 
     def cancel(self, request_id):
-        """Ends a newcomer's wait: it is refused, ``"cancelled"``. False if it does not wait."""
+        """Ends the wait of a newcomer or a returner: it is refused, ``"cancelled"``. False if it does not wait."""
         with self._turn:
             waiter = self._ids.get(request_id)
             if waiter is None:

@@ -313,7 +313,7 @@ class KVCache(TravelCore):
         ----------
         request_id : hashable
         store : kvcache.store.ChunkStore, optional
-            Where to; by default host memory, at most as much as the arena has.
+            Where to; by default host memory, at most twice as many chunks as the arena has.
 
         Returns
         -------
@@ -352,6 +352,13 @@ class KVCache(TravelCore):
             It is not suspended.
         """
         return self._carries().resume(request_id, recompute)
+
+    def _bring_back(self, request_id, recompute):
+        """As `resume`, but False where it would wait for a hold; a sequence that is not suspended has arrived."""
+        carrier = self._carries()
+        if self.is_suspended(request_id):
+            return carrier.resume(request_id, recompute, patient=False)
+        return carrier.arrival(request_id)
 
     def save(self, path, request_ids=None):
         """Write what is cached to a file: prefixes that have been freed, and what live sequences have committed.

@@ -1,32 +1,28 @@
 """The course of one request: at once, in the queue, through the strategies, and out of it again."""
 
-from operator import index
+from functools import partial
 
 from kvcache.desk import Desk
-from kvcache.errors import CacheHeld, UnknownSequence
-from kvcache.strategies import Evict, Reduce, Strategy, Wait
-from kvcache.waiter import Waiter
+from kvcache.errors import CacheHeld, Suspended, UnknownSequence
+from kvcache.strategies import INTACT, LEAVING, SUSPENDED, MakeRoom, Reduce, Strategy, Swap, Wait
+from kvcache.suspension import FREED
+from kvcache.waiter import Grower, Newcomer
 
 
-def stages_of(strategy):
+def stages_of(strategy, cache):
     """The single strategies, in order."""
     if not isinstance(strategy, Strategy):
-        raise TypeError(f"a strategy is Reject(), Reduce(...), Wait(...) or Evict(...), not {strategy!r}")
+        known = "Reject(), Reduce(...), Wait(...), Evict(...) or Swap(...)"
+        raise TypeError(f"a strategy is {known}, not {strategy!r}")
+    if cache.backend == "none" and any(isinstance(each, Swap) for each in strategy.stages):
+        raise ValueError("backend='none' has no storage to swap out: Swap needs a cache that has")
     return strategy.stages
-
-
-def count_of(tokens):
-    """How many tokens: a count, or ids."""
-    try:
-        return index(tokens)
-    except TypeError:
-        return len(tokens)
 
 
 class Courses(Desk):
     """What becomes of each request. Nothing here is called under the lock."""
 
-    def _at_once(self, request_id, prompt, max_tokens, max_new_tokens, tenant, priority, on_evict):
+    def _at_once(self, request_id, prompt, max_tokens, max_new_tokens, tenant, kept, owner):
         """The lease, if nobody waits and it fits whole."""
         if self._closed:
             return None
@@ -42,10 +38,10 @@ class Courses(Desk):
             if account.limited:
                 return None
             allocation = self._cache._allocate_up_to(
-                request_id, prompt, max_tokens, max_new_tokens, None, self._keep
+                request_id, prompt, max_tokens, max_new_tokens, None, self._keep, *kept
             )
             if allocation:
-                return self._enter(allocation, account, priority, on_evict)
+                return self._enter(allocation, account, owner)
             self._drop_if_idle(account)
             return None
         except BaseException:
@@ -54,24 +50,14 @@ class Courses(Desk):
         finally:
             self._release()
 
-    def _newcomer(self, request_id, prompt, max_tokens, max_new_tokens, sleeper):
-        waiter = Waiter(request_id, sleeper)
-        waiter.tokens, waiter.limit = self._cache._measured(prompt, max_tokens, max_new_tokens)
-        waiter.prompt = prompt
-        return waiter
+    def _newcomer(self, request_id, prompt, max_tokens, max_new_tokens, sleeper, kept, owner):
+        sizes = self._cache._measured(prompt, max_tokens, max_new_tokens)
+        return Newcomer(request_id, sleeper, prompt, sizes, kept, owner)
 
     def _grower(self, request_id, tokens, sleeper):
-        cache, size = self._cache, self._size
-        waiter = Waiter(request_id, sleeper)
-        waiter.count = waiter.tokens = count_of(tokens)
-        waiter.limit, waiter.least = cache.limit(request_id), cache.used_tokens(request_id) + waiter.count
-        waiter.first = max(-(-waiter.least // size) - cache.capacity(request_id) // size, 1)
         lease = self._live.get(request_id)
-        waiter.priority = 0 if lease is None else lease.priority
-        return waiter
-
-    def _is_at_limit(self, waiter):
-        return waiter.least > waiter.limit
+        priority = 0 if lease is None else lease.priority
+        return Grower(request_id, sleeper, self._cache, tokens, priority)
 
     def _serve(self, waiter, tenant, stages):
         """Goes through the strategies. Yields for how long it wants to sleep (None: until woken)."""
@@ -82,7 +68,7 @@ class Courses(Desk):
                 break
             if isinstance(stage, Reduce):
                 self._reduce(waiter, stage)
-            elif isinstance(stage, Evict):
+            elif isinstance(stage, MakeRoom):
                 yield from self._make_room(waiter, stage)
             elif isinstance(stage, Wait):
                 yield from self._wait(waiter, stage.timeout)
@@ -91,6 +77,29 @@ class Courses(Desk):
             self._require_no_hold()
             yield None
         return self._answer(waiter, reason)
+
+    def _grow(self, waiter, stages):
+        """As `_serve`, for a live sequence."""
+        answer = yield from self._serve(waiter, None, stages)
+        if answer:
+            self.touch((waiter.request_id,))
+        return answer
+
+    def _bring_back(self, waiter, stages):
+        """As `_serve`, for one that is suspended: it may still be on its way out, and in the end it is here."""
+        yield from self._until_done(waiter, self._cache._transfer_of(waiter.request_id))
+        answer = yield from self._serve(waiter, None, stages)
+        if answer:
+            yield from self._until_done(waiter, answer)
+            self.touch((waiter.request_id,))
+        return answer
+
+    def _until_done(self, waiter, transfer):
+        if transfer is None or transfer.done():
+            return
+        transfer.add_done_callback(lambda _: waiter.sleeper.wake())
+        while not transfer.done():
+            yield None
 
     def _wait(self, waiter, timeout):
         if timeout is not None:
@@ -110,11 +119,11 @@ class Courses(Desk):
             raise CacheHeld(holds=holds)
 
     def _reduce(self, waiter, stage):
-        if waiter.count:
+        if not waiter.is_new:
             return
         with self._turn:
             if not waiter.done:
-                self._set_least(waiter, self._least_of(waiter, stage.min_tokens))
+                waiter.be_content(waiter.floor_of(stage.min_tokens), self._size)
                 waiter.line.update(waiter)
                 self._grant()
 
@@ -126,12 +135,10 @@ class Courses(Desk):
             if waiter.lease is None and waiter.error is None:
                 refusal = self._refusal(waiter, waiter.reason)
                 if waiter.reason is None:  # said by the numbers only now
-                    waiter.tally.refuse(waiter, refusal.reason)
+                    waiter.losses(waiter.tally)[refusal.reason] += 1
                 return refusal
         if waiter.error is not None:
             raise waiter.error
-        if waiter.count:
-            self.touch((waiter.request_id,))
         return waiter.lease
 
     def _drive(self, waiter, course):
@@ -156,10 +163,10 @@ class Courses(Desk):
             self._give_back(waiter)
             raise
 
-    # ---- eviction
+    # ---- room at the cost of others
 
     def _make_room(self, waiter, stage):
-        """Ends one victim after the other until the request has been granted, or nobody is left to end."""
+        """Takes one victim after the other until the request has been granted, or nobody is left to take."""
         self._require_no_hold()
         with self._turn:
             if not waiter.done:
@@ -171,15 +178,29 @@ class Courses(Desk):
                 continue
             victim = self._victim_for(waiter, stage.victim)
             if victim is not None:
-                self._evict(victim, stage.notify)
+                if not (yield from self._take_out(waiter, victim, stage)):
+                    break
             elif self._blocked is not waiter:
                 break
             with self._turn:
                 self._grant()
         with self._turn:
-            if not waiter.done and not waiter.count:
+            if not waiter.done and waiter.line is not None:
                 self._waiters.follow(waiter)
                 self._grant()
+
+    def _take_out(self, waiter, victim, stage):
+        """Whether it is of use to go on."""
+        if not isinstance(stage, Swap):
+            self._evict(victim, stage.notify)
+            return True
+        transfer = self._swap(victim, stage)
+        if transfer is None:
+            return True
+        transfer.add_done_callback(lambda _: waiter.sleeper.wake())
+        while not (transfer.done() or waiter.done):
+            yield None
+        return waiter.done or transfer.reason in (None, FREED)
 
     def _evict(self, victim, notify):
         try:
@@ -193,17 +214,39 @@ class Courses(Desk):
             with self._turn:
                 victim._holder.tally.evicted += 1
 
+    def _swap(self, victim, stage):
+        """The `Transfer` of the victim to the store; None where it has been freed, or suspended, by others since."""
+        tell = victim.on_swap or stage.notify
+        try:
+            if tell is not None:
+                tell(victim.request_id, LEAVING)
+            transfer = self._cache._carries().suspend(victim.request_id, stage.store, victim.allocation)
+        except (UnknownSequence, Suspended):
+            victim._leaving = False
+            return None
+        except BaseException:
+            victim._leaving = False
+            raise
+        transfer.add_done_callback(partial(self._note_swap, victim, tell))
+        return transfer
+
+    def _note_swap(self, victim, tell, transfer):
+        """Called when the transfer has ended, by the thread that carries."""
+        victim._leaving = False
+        with self._turn:
+            tally = victim._holder.tally
+            tally.swapped += transfer.ok
+            tally.swaps_failed += not (transfer.ok or transfer.reason == FREED)
+        if tell is not None and transfer.reason != FREED:
+            tell(victim.request_id, SUSPENDED if transfer.ok else INTACT)
+
     def _victim_for(self, waiter, choice):
-        """The lease to end, marked as such; None where nobody may be ended, or all of them would not be enough."""
+        """The lease to take, marked as such; None where none may be taken, or all of them would not be enough."""
         with self._turn:
             self._settle_accounts(list(self._live))
             if waiter.done or self._blocked is waiter:
                 return None
-            leases = [
-                each
-                for each in self._live.values()
-                if not each._leaving and each.request_id != waiter.request_id
-            ]
+            leases = [each for each in self._live.values() if self._may_leave(each, waiter)]
             if choice == "priority":
                 leases = [each for each in leases if each.priority < waiter.priority]
                 leases.sort(key=lambda lease: lease.priority)
@@ -214,12 +257,16 @@ class Courses(Desk):
                 return leases[0]
         return self._chosen(choice, {each.request_id: each for each in leases})
 
+    def _may_leave(self, lease, waiter):
+        """What is suspended has no memory to give."""
+        return not (
+            lease._leaving or lease.request_id == waiter.request_id or self._cache._is_away(lease.allocation)
+        )
+
     def _is_enough(self, waiter, leases):
-        if waiter.count:
-            return True
         _, unclaimed = self._cache._room()
         more = sum([each._blocks for each in leases])
-        return waiter.total <= min(unclaimed + more, waiter.tenant.room)
+        return waiter.total <= min(unclaimed + more, waiter.room)
 
     def _chosen(self, choose, leases):
         request_id = choose(list(leases))

@@ -8,14 +8,14 @@ middle of it all is safe.
 
 import time
 from collections import OrderedDict, deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from kvcache.errors import CacheClosed, CacheHeld, KVCacheError, SequenceExists
+from kvcache.errors import CacheClosed, CacheHeld, KVCacheError
+from kvcache.lease import Lease
 from kvcache.parking import ParkingLock
-from kvcache.refusals import Fits, Refusal, Room
-from kvcache.strategies import Reduce
+from kvcache.refusals import Room
 from kvcache.tallies import Tallies
-from kvcache.waiter import Lease, Waiter
+from kvcache.waiter import Waiter
 from kvcache.waiting import NEVER, Tenant, Waiters
 
 
@@ -92,7 +92,7 @@ class Desk:
         self._notes = deque()  # ids that may have been freed, waiters given up, the cache: anything else
         self._accounts = {}  # tenant -> Tenant
         self._live = OrderedDict()  # request id -> Lease, least recently appended first
-        self._ids = {}  # request id -> Waiter, newcomers only
+        self._ids = {}  # request id -> Waiter, those in lines
         self._waiters = Waiters(patience, most_overtaken)
         self._number = 0
         self._woken = []  # to be woken once the lock is given back
@@ -129,10 +129,12 @@ class Desk:
     def _read_notes(self):
         while self._notes:
             about = self._notes.popleft()
-            if type(about) is Waiter:
+            if isinstance(about, Waiter):
                 self._give_up(about)
             elif about is not self._cache:
                 self._settle_accounts((about,))
+                if about in self._ids:
+                    self._ids[about].look_again(self)
         if self._waiters.count:
             self._grant()
 
@@ -152,11 +154,11 @@ class Desk:
             lease._holder.blocks += blocks - lease._blocks
             lease._blocks = blocks
 
-    def _enter(self, allocation, account, priority, on_evict):
+    def _enter(self, allocation, account, owner):
         request_id = allocation.request_id
         if request_id in self._live:  # freed, and the note of that has not been read
             self._forget(request_id)
-        lease = Lease(self._cache, allocation, account, priority, on_evict)
+        lease = Lease(self._cache, allocation, account, *owner)
         lease._blocks = blocks = -(-allocation.max_tokens // self._size)
         account.blocks += blocks
         account.sequences += 1
@@ -197,43 +199,9 @@ class Desk:
                 raise KVCacheError("the queue is closed")
             self._number += 1
             waiter.number, waiter.since = self._number, self._clock()
-            if waiter.count:
-                lease = self._live.get(waiter.request_id)
-                waiter.tally = self._tallies.of(None) if lease is None else lease._holder.tally
-                self._waiters.lead(waiter)
+            waiter.come(self, tenant, stages)
+            if not waiter.done:
                 self._grant()
-                return
-            if waiter.request_id in self._ids or waiter.request_id in self._cache:
-                raise SequenceExists(request_id=waiter.request_id)
-            waiter.tenant = self._account(tenant)
-            waiter.tally = waiter.tenant.tally
-            waiter.first = -(-waiter.tokens // self._size)
-            self._set_least(waiter, waiter.limit)
-            lowest = min([self._least_of(waiter, each.min_tokens) for each in stages if isinstance(each, Reduce)],
-                         default=waiter.limit)  # fmt: skip
-            if self._is_hopeless(waiter, lowest):
-                self._drop_if_idle(waiter.tenant)
-                waiter.tally.refuse(waiter, "never_fits")
-                waiter.done, waiter.reason = True, "never_fits"
-                return
-            self._ids[waiter.request_id] = waiter
-            self._waiters.add(waiter)
-            self._grant()
-
-    def _least_of(self, waiter, min_tokens):
-        return max(waiter.tokens, min(min_tokens, waiter.limit))
-
-    def _set_least(self, waiter, least):
-        waiter.least = least
-        waiter.total = -(-least // self._size)
-
-    def _is_hopeless(self, waiter, least):
-        account = waiter.tenant
-        return (
-            -(-least // self._size) > account.most_blocks
-            or account.most_sequences == 0
-            or waiter.first > self._cache.spec.num_blocks - self._keep
-        )
 
     def _grant(self):
         """Grants whom it can, and notes who is to be woken."""
@@ -250,7 +218,7 @@ class Desk:
     def _grant_front(self):
         """True if nobody is left before the lines."""
         for waiter in list(self._waiters.front):
-            if waiter.count or waiter.total <= waiter.tenant.room:
+            if waiter.total <= waiter.room:
                 self._attempt(waiter)
         return not self._waiters.front and self._blocked is None
 
@@ -266,30 +234,19 @@ class Desk:
 
     def _attempt(self, waiter):
         """Asks the cache. True: it no longer waits."""
+        line = waiter.line
         try:
-            if waiter.count:
-                granted = self._cache._append_now(waiter.request_id, waiter.count)
-                held = granted is None
-            else:
-                limit = min(waiter.limit, waiter.tenant.room * self._size)
-                granted = self._cache._allocate_up_to(
-                    waiter.request_id, waiter.prompt, limit, None, waiter.least, self._keep
-                )
-                held = granted is False
+            granted = waiter.attempt(self)
         except CacheHeld:
-            granted, held = None, True
+            granted = False
         except Exception as error:  # noqa: BLE001 (it is raised where the request came from)
             self._finish(waiter, error=error)
             return True
-        if held:
-            self._blocked = waiter
         if not granted:
+            if granted is not None:
+                self._blocked = waiter
             return False
-        line = waiter.line
-        lease = (
-            True if waiter.count else self._enter(granted, waiter.tenant, waiter.priority, waiter.on_evict)
-        )
-        self._finish(waiter, lease=lease)
+        self._finish(waiter, lease=granted)
         if line is not None:
             self._waiters.note_grant(waiter)
         return True
@@ -301,10 +258,8 @@ class Desk:
         if lease is None:
             self._drop_if_idle(waiter.tenant)
             self._count_loss(waiter, error, reason)
-        elif waiter.count:
-            waiter.tally.grown += 1
         else:
-            self._tallies.note_wait(self._clock() - waiter.since)
+            waiter.note_grant(self, self._clock() - waiter.since)
         waiter.lease, waiter.error, waiter.reason, waiter.done = lease, error, reason, True
         self._woken.append(waiter)
 
@@ -312,8 +267,8 @@ class Desk:
         if waiter.tally is None:  # never had a place: its id lived, or the queue was closed
             return
         if reason is not None:
-            waiter.tally.refuse(waiter, reason)
-        elif error is not None and not waiter.count:
+            waiter.losses(waiter.tally)[reason] += 1
+        elif error is not None and waiter.is_new:
             waiter.tally.failed += 1
 
     def _wake_late(self):
@@ -332,49 +287,16 @@ class Desk:
         lease, waiter.lease = waiter.lease, None
         if not waiter.done:
             self._finish(waiter, reason="cancelled")
-        elif isinstance(lease, Lease):
-            self._cache._end(lease.allocation)
         elif lease:
-            self._take_growth_back(waiter)
+            waiter.undo(self, lease)
 
-    def _take_growth_back(self, waiter):
-        try:
-            used = self._cache.used_tokens(waiter.request_id)
-            self._cache.truncate(waiter.request_id, max(used - waiter.count, 0))
-        except KVCacheError:  # freed since
-            pass
+    # ---- what there is
 
-    # ---- what is said of a refusal
-
-    def _verdict(self, account, request_id, tokens, limit, least):
-        free, unclaimed = self._cache._room()
-        room = Room(self._size, free, unclaimed, self._keep, account.room if account.limited else None)
-        return room.judge(request_id, tokens, limit, least, tenant=account.name)
+    def _room_for(self, account):
+        """For a newcomer of this tenant."""
+        most = account.room if account.limited else None
+        return Room(self._size, *self._cache._room(), self._keep, most)
 
     def _refusal(self, waiter, reason):
         """Why the request, which has left the queue, was not granted; `reason` says more than the numbers, if given."""
-        if waiter.count:
-            return self._refusal_of_growth(waiter, reason)
-        verdict = self._verdict(waiter.tenant, waiter.request_id, waiter.tokens, waiter.limit, waiter.least)
-        waited = self._clock() - waiter.since
-        if isinstance(verdict, Fits):  # but what there is, is kept for somebody else
-            names = (verdict.tokens, verdict.max_tokens, verdict.blocks_needed)
-            room = (verdict.blocks_free, verdict.blocks_unclaimed)
-            verdict = Refusal("promises", waiter.request_id, *names, *room, 0, 0, waiter.tenant.name)
-        return replace(verdict, reason=reason or verdict.reason, waited=waited)
-
-    def _refusal_of_growth(self, waiter, reason):
-        free, unclaimed = self._cache._room()
-        waited = self._clock() - waiter.since
-        return Refusal(
-            reason or "arena_full",
-            waiter.request_id,
-            waiter.tokens,
-            waiter.limit,
-            waiter.first,
-            free,
-            unclaimed,
-            blocks_missing=max(waiter.first - free, 0),
-            fitting_tokens=0,
-            waited=waited,
-        )
+        return waiter.refusal(self, reason, self._clock() - waiter.since)

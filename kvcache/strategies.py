@@ -61,7 +61,20 @@ VICTIMS = ("lru", "priority")
 
 
 @dataclass(frozen=True)
-class Evict(Strategy):
+class MakeRoom(Strategy):
+    """What `Evict` and `Swap` have in common: a victim after the other, until the request fits."""
+
+    def __post_init__(self):
+        if not callable(self.victim) and self.victim not in VICTIMS:
+            raise ValueError(
+                f"victim must be one of {', '.join(VICTIMS)}, or a callable, not {self.victim!r}"
+            )
+        if self.notify is not None and not callable(self.notify):
+            raise TypeError(f"notify must be callable, not {type(self.notify).__name__}")
+
+
+@dataclass(frozen=True)
+class Evict(MakeRoom):
     """Ends live sequences of the queue, one at a time, until the request fits.
 
     Parameters
@@ -77,8 +90,35 @@ class Evict(Strategy):
     victim: Any = "lru"
     notify: Any = None
 
+
+LEAVING, SUSPENDED, INTACT = "leaving", "suspended", "intact"
+
+
+@dataclass(frozen=True)
+class Swap(MakeRoom):
+    """Suspends live sequences of the queue, one at a time, until the request fits.
+
+    `AllocationQueue.resume` has them back. A store that does not take a victim, since it is full or fails, ends this:
+    what comes later in a chain is tried.
+
+    Parameters
+    ----------
+    store : kvcache.store.ChunkStore, optional
+        Where their K/V go; by default host memory, as of `KVCache.suspend`.
+    victim : {"lru", "priority"} or callable
+        As of `Evict`.
+    notify : callable, optional
+        Called with the victim's id and what becomes of it, where its owner has given no `on_swap`: ``"leaving"`` before
+        anything happens, by the thread that needs the memory (if it raises, nothing does, and the request fails with
+        that error); then, by the thread that carries, ``"suspended"`` (its K/V are in the store, its memory is free) or
+        ``"intact"`` (the store did not take it: it lives on as it was). Of one freed meanwhile nothing more is told.
+    """
+
+    store: Any = None
+    victim: Any = "lru"
+    notify: Any = None
+
     def __post_init__(self):
-        if not callable(self.victim) and self.victim not in VICTIMS:
-            raise ValueError(
-                f"victim must be one of {', '.join(VICTIMS)}, or a callable, not {self.victim!r}"
-            )
+        super().__post_init__()
+        if self.store is not None and not callable(getattr(self.store, "put", None)):
+            raise TypeError(f"store must be a ChunkStore, {type(self.store).__name__} has no put")

@@ -6,6 +6,7 @@ for happens under the lock.
 """
 
 import contextlib
+import logging
 import mmap
 import os
 import queue
@@ -18,6 +19,7 @@ from kvcache.chunks import PAGE, ChunkLabel, chunk_tokens_of, envelope_bytes, id
 from kvcache.store import Outcome
 from kvcache.store_memory import MemoryStore
 
+LOG = logging.getLogger("kvcache")
 JOB_SECONDS = 30.0  # that a store has for one chunk
 NUM_STAGED = 4  # chunks that staging has room for, unless it is told otherwise
 
@@ -47,6 +49,7 @@ class Transfer:
         self.ok = False
         self.reason = None
         self._over = threading.Event()
+        self._callbacks = []  # each is called once, by whoever takes it out
 
     def __repr__(self):
         state = "under way" if not self.done() else "ok" if self.ok else self.reason
@@ -60,9 +63,33 @@ class Transfer:
         """As `done`, after at most `timeout` seconds (None: however long it takes)."""
         return self._over.wait(timeout)
 
+    def add_done_callback(self, callback):
+        """Have `callback` called with this transfer when it has ended: by the thread that carries, or at once.
+
+        Parameters
+        ----------
+        callback : callable
+            It must not wait for another transfer. What it raises is logged.
+        """
+        self._callbacks.append(callback)
+        if self.done():
+            self._call_back()
+
     def _end(self, reason=None):
         self.ok, self.reason = reason is None, reason
         self._over.set()
+        self._call_back()
+
+    def _call_back(self):
+        while True:
+            try:
+                callback = self._callbacks.pop(0)
+            except IndexError:  # none is left, or another thread has it
+                return
+            try:
+                callback(self)
+            except Exception as error:  # the thread has others to carry
+                LOG.error("a callback of %r failed", self, exc_info=error)
 
 
 class Staging:
@@ -166,7 +193,9 @@ class Carrier:
         self._bytes_per_token = spec.bytes_per_token
         self._slot_bytes = slot_bytes_of(spec)
         self._num_slots = NUM_STAGED if staging_bytes is None else staging_bytes // self._slot_bytes
-        self._arena_bytes = spec.arena_bytes
+        self._most_kept = 2 * -(
+            -spec.num_blocks * spec.block_size // self._chunk_tokens
+        )  # chunks in host memory
         self.pace = Pace(store_rate)
         self.corrupt_chunks = 0
         self._number = 0  # of the suspension before
@@ -178,30 +207,37 @@ class Carrier:
         self._closed = False
         weakref.finalize(self, self._tasks.put, None).atexit = False  # lets the thread go
 
-    def suspend(self, request_id, store):
-        """A `Transfer` of a live sequence to `store` (None: to host memory)."""
+    def suspend(self, request_id, store, granted=None):
+        """A `Transfer` of a live sequence, of this very grant if there is one, to `store` (None: to host memory)."""
         with self._lock:
             store = self._known(store)
-        journey = self._cache()._depart(request_id)
+        transfer = Transfer(request_id, 0)
+        journey = self._cache()._depart(request_id, transfer, granted)
+        transfer.tokens = journey.tokens
         with self._lock:
             self._number += 1
             number = self._number
-        transfer = Transfer(request_id, journey.tokens)
         self._begin((self._send, journey, transfer, store, number))
         return transfer
 
-    def resume(self, request_id, recompute):
-        """A `Transfer` of a suspended sequence back, None where it does not fit now."""
-        journey = self._cache()._return(request_id, recompute)
-        if journey is None:
-            return None
-        transfer = Transfer(request_id, journey.tokens)
+    def resume(self, request_id, recompute, patient=True):
+        """A `Transfer` back, None where it does not fit now; unless `patient`, False where it would wait for a hold."""
+        journey = self._cache()._return(request_id, recompute, patient)
+        if not journey:
+            return journey
+        transfer = journey.transfer = Transfer(request_id, journey.tokens)
         if recompute:
             transfer.tokens = journey.in_place
             journey.chunks.delete()
             transfer._end()
         else:
             self._begin((self._fetch, journey, transfer))
+        return transfer
+
+    def arrival(self, request_id):
+        """The `Transfer` of a sequence that is here already."""
+        transfer = Transfer(request_id, self._cache().used_tokens(request_id))
+        transfer._end()
         return transfer
 
     def close(self, timeout=JOB_SECONDS):
@@ -221,9 +257,7 @@ class Carrier:
             self._staging = Staging(self._slot_bytes, self._num_slots)
         if store is None:
             if self._own is None:  # what is suspended is never given away: a full one says so
-                self._own = MemoryStore(
-                    max(self._arena_bytes, self._slot_bytes), self._slot_bytes, evict=False
-                )
+                self._own = MemoryStore(self._most_kept * self._slot_bytes, self._slot_bytes, evict=False)
             return self._own
         if not any(each is store for each in self._stores):
             store.register(self._staging.memory)

@@ -39,6 +39,12 @@ class TenantStats(NamedTuple):
         Appends for which it could not, by reason.
     evicted : int
         Sequences that were ended to make room.
+    swapped, swaps_failed : int
+        Sequences that were suspended to make room, and those whose store did not take them: they are as they were.
+    resumed : int
+        Suspended sequences that were given room to come back.
+    resume_refused : dict of str to int
+        Those that were not, by reason.
     """
 
     waiting: int
@@ -51,6 +57,10 @@ class TenantStats(NamedTuple):
     grown: int
     growth_refused: dict
     evicted: int
+    swapped: int
+    swaps_failed: int
+    resumed: int
+    resume_refused: dict
 
 
 class QueueStats(NamedTuple):
@@ -88,17 +98,27 @@ class QueueStats(NamedTuple):
 class Tally:
     """The counts of one tenant, or of all that share a name."""
 
-    __slots__ = ("evicted", "failed", "granted", "grown", "growth_refused", "name", "refused")
+    __slots__ = (
+        "evicted",
+        "failed",
+        "granted",
+        "grown",
+        "growth_refused",
+        "name",
+        "refused",
+        "resume_refused",
+        "resumed",
+        "swapped",
+        "swaps_failed",
+    )
 
     def __init__(self, name):
         self.name = name
         self.granted = self.failed = self.grown = self.evicted = 0
         self.refused = dict.fromkeys(REASONS, 0)
+        self.swapped = self.swaps_failed = self.resumed = 0
         self.growth_refused = dict.fromkeys(REASONS, 0)
-
-    def refuse(self, waiter, reason):
-        """Counts one that leaves without."""
-        (self.growth_refused if waiter.count else self.refused)[reason] += 1
+        self.resume_refused = dict.fromkeys(REASONS, 0)
 
 
 class Tallies:
@@ -167,6 +187,10 @@ class Tallies:
                 each.grown,
                 dict(each.growth_refused),
                 each.evicted,
+                each.swapped,
+                each.swaps_failed,
+                each.resumed,
+                dict(each.resume_refused),
             )
             for each in tallies
         }

@@ -1,32 +1,41 @@
-"""One request in the queue, and how its thread or task sleeps until it is granted."""
+"""One request that has not been answered yet: a new sequence, room for a live one, or the way back of a suspended one.
 
-import asyncio
-import threading
+`waiting` orders them, `desk` grants them, `course` has them go through their strategies; what differs between the three
+is here. Their methods are called under the queue's lock, but for `judge`.
+"""
+
 from contextlib import suppress
+from dataclasses import replace
+from operator import index
+
+from kvcache.errors import KVCacheError, SequenceExists, Suspended, UnknownSequence
+from kvcache.refusals import Fits, Refusal, Room
+from kvcache.strategies import Reduce
+from kvcache.waiting import NEVER, RETURNING
 
 
 class Waiter:
-    """A request that has not been answered yet; its fields change under the queue's lock only."""
+    """What all have; the fields change under the queue's lock only.
+
+    Parameters
+    ----------
+    request_id : hashable
+    sleeper : ThreadSleeper or TaskSleeper
+    """
 
     __slots__ = (
-        "count",  # tokens to append; 0: a newcomer
         "deadline",  # when it is woken in any case, by the queue's clock; None: never
         "done",  # no longer waiting: `lease`, `error` or `reason` says why
         "error",
         "first",  # blocks needed at once
-        "held",  # a hold is in its way, and nothing else
-        "lease",  # what has been granted: a Lease, or True for growth
+        "lease",  # what has been granted: a Lease, True for growth, a Transfer back
         "least",  # the lowest limit that would do, in tokens
         "limit",
         "line",
-        "max_new_tokens",
-        "max_tokens",
         "number",  # in order of arrival
-        "on_evict",
         "overtaken",  # grants to later ones while it was the first of its line
         "place",
         "priority",
-        "prompt",
         "reason",
         "request_id",
         "since",
@@ -36,130 +45,237 @@ class Waiter:
         "tokens",
         "total",  # blocks needed up to `least`
     )
+    is_new = False
 
     def __init__(self, request_id, sleeper):
         self.request_id = request_id
         self.sleeper = sleeper
-        self.prompt = self.max_tokens = self.max_new_tokens = None
-        self.tally = self.tenant = self.on_evict = self.line = self.lease = self.error = self.reason = (
-            self.deadline
-        ) = None
-        self.count = self.overtaken = self.priority = self.total = self.first = self.place = 0
-        self.tokens = self.limit = self.least = self.number = 0
+        self.tally = self.tenant = self.line = self.lease = self.error = self.reason = self.deadline = None
+        self.overtaken = self.priority = self.total = self.first = self.place = self.number = 0
+        self.tokens = self.limit = self.least = 0
         self.since = 0.0
-        self.done = self.held = False
+        self.done = False
+
+    @property
+    def level(self):
+        """Of its line: lower ones go first."""
+        return -self.priority
+
+    @property
+    def room(self):
+        """Blocks that it may have for all that its tenant has."""
+        return NEVER
+
+    def look_again(self, desk):
+        """Something has become of its id while it was in its line."""
+
+    def undo(self, desk, lease):
+        """Gives back what has been granted to a thread or task that will not take it."""
+
+    def reply(self, room, reason, waited):
+        """The `Refusal` of one that has left the queue; `reason` says more than the numbers, if given."""
+        tenant = None if self.tenant is None else self.tenant.name
+        verdict = room.judge(self.request_id, self.tokens, self.limit, self.least, tenant=tenant)
+        if isinstance(verdict, Fits):  # but what there is, is kept for somebody else
+            numbers = (verdict.blocks_needed, verdict.blocks_free, verdict.blocks_unclaimed, 0, 0)
+            verdict = Refusal("promises", self.request_id, self.tokens, self.limit, *numbers, tenant)
+        return replace(verdict, reason=reason or verdict.reason, waited=waited)
 
 
-class ThreadSleeper:
-    """A thread that waits; `wake` comes from any thread."""
+class Newcomer(Waiter):
+    """A sequence that is not there yet.
 
-    __slots__ = ("gate",)
-
-    def __init__(self):
-        self.gate = threading.Lock()
-        self.gate.acquire()
-
-    def sleep(self, seconds):
-        self.gate.acquire(timeout=-1 if seconds is None else min(seconds, threading.TIMEOUT_MAX))
-
-    def wake(self):
-        with suppress(RuntimeError):  # woken before, and has not looked yet
-            self.gate.release()
-        return True
-
-
-class TaskSleeper:
-    """A task of an event loop that waits; `wake` comes from any thread, what it does happens in the loop's."""
-
-    __slots__ = ("future", "loop", "thread")
-
-    def __init__(self):
-        self.loop = asyncio.get_running_loop()
-        self.thread = threading.get_ident()
-        self.future = None
-
-    async def sleep(self, seconds):
-        self.future = self.loop.create_future()
-        timer = None if seconds is None else self.loop.call_later(seconds, self.resolve)
-        try:
-            await self.future
-        finally:
-            self.future = None
-            if timer is not None:
-                timer.cancel()
-
-    def resolve(self):
-        if self.future is not None and not self.future.done():
-            self.future.set_result(None)
-
-    def wake(self):
-        """False: its loop is closed, so that nobody will look."""
-        if threading.get_ident() == self.thread and not self.loop.is_closed():
-            self.resolve()
-            return True
-        try:
-            self.loop.call_soon_threadsafe(self.resolve)
-        except RuntimeError:
-            return False
-        return True
-
-
-class Lease:
-    """What has been granted. True in a condition; a context manager that frees.
-
-    Attributes
+    Parameters
     ----------
-    allocation : Allocation
-        The cache's record. `request_id`, `tokens`, `max_tokens` and `cached_tokens` are read from it.
-    tenant : hashable
-    priority : int
+    request_id, sleeper
+    prompt : int or sequence of int
+    sizes : tuple of int
+        Tokens of the prompt, and the limit.
+    kept : tuple
+        Salt, priority and ttl of what is kept of the prompt, as of `KVCache.allocate_for`.
+    owner : tuple
+        Priority in the queue, `on_evict`, `on_swap`.
     """
 
-    __slots__ = ("_blocks", "_cache", "_holder", "_leaving", "allocation", "on_evict", "priority")
+    __slots__ = ("kept", "owner", "prompt")
+    is_new = True
 
-    def __init__(self, cache, allocation, holder, priority, on_evict):
-        self._cache = cache
-        self.allocation = allocation
-        self._holder = holder  # the tenant's account
+    def __init__(self, request_id, sleeper, prompt, sizes, kept, owner):
+        super().__init__(request_id, sleeper)
+        self.prompt, self.kept, self.owner = prompt, kept, owner
+        self.tokens, self.limit = sizes
+        self.priority = owner[0]
+
+    @property
+    def room(self):
+        return self.tenant.room
+
+    def come(self, desk, tenant, stages):
+        """Takes its place, unless it can never be granted."""
+        if self.request_id in desk._ids or self.request_id in desk._cache:
+            raise SequenceExists(request_id=self.request_id)
+        self.tenant = desk._account(tenant)
+        self.tally = self.tenant.tally
+        self.first = -(-self.tokens // desk._size)
+        self.be_content(self.limit, desk._size)
+        floors = [self.floor_of(each.min_tokens) for each in stages if isinstance(each, Reduce)]
+        if self.is_hopeless(desk, min(floors, default=self.limit)):
+            desk._drop_if_idle(self.tenant)
+            self.tally.refused["never_fits"] += 1
+            self.done, self.reason = True, "never_fits"
+            return
+        desk._ids[self.request_id] = self
+        desk._waiters.add(self)
+
+    def floor_of(self, min_tokens):
+        """The lowest limit that would do, with the prompt uncut."""
+        return max(self.tokens, min(min_tokens, self.limit))
+
+    def be_content(self, least, block_size):
+        """With this limit, if more cannot be promised."""
+        self.least = least
+        self.total = -(-least // block_size)
+
+    def is_hopeless(self, desk, least):
+        account = self.tenant
+        return (
+            -(-least // desk._size) > account.most_blocks
+            or account.most_sequences == 0
+            or self.first > desk._cache.spec.num_blocks - desk._keep
+        )
+
+    def attempt(self, desk):
+        """Asks the cache. None: not now; False: a hold of another thread is in the way."""
+        limit = min(self.limit, self.tenant.room * desk._size)
+        granted = desk._cache._allocate_up_to(
+            self.request_id, self.prompt, limit, None, self.least, desk._keep, *self.kept
+        )
+        return desk._enter(granted, self.tenant, self.owner) if granted else granted
+
+    def note_grant(self, desk, waited):
+        desk._tallies.note_wait(waited)
+
+    def losses(self, tally):
+        """Where it is counted if it is refused."""
+        return tally.refused
+
+    def undo(self, desk, lease):
+        desk._cache._end(lease.allocation)
+
+    def refusal(self, desk, reason, waited):
+        return self.reply(desk._room_for(self.tenant), reason, waited)
+
+
+def count_of(tokens):
+    """How many tokens: a count, or ids."""
+    try:
+        return index(tokens)
+    except TypeError:
+        return len(tokens)
+
+
+class Grower(Waiter):
+    """More tokens of a live sequence: before all lines.
+
+    Parameters
+    ----------
+    request_id, sleeper
+    cache : KVCache
+    more : int or sequence of int
+        Tokens, or their ids.
+    priority : int
+        Of the sequence.
+    """
+
+    __slots__ = ("more",)
+
+    def __init__(self, request_id, sleeper, cache, more, priority):
+        super().__init__(request_id, sleeper)
+        size = cache.spec.block_size
+        self.more, self.tokens = more, count_of(more)
+        self.limit, self.least = cache.limit(request_id), cache.used_tokens(request_id) + self.tokens
+        self.first = max(-(-self.least // size) - cache.capacity(request_id) // size, 1)
         self.priority = priority
-        self.on_evict = on_evict
-        self._leaving = False  # chosen to be evicted
 
     @property
-    def tenant(self):
-        return self._holder.name
+    def is_past_limit(self):
+        return self.least > self.limit
 
-    @property
-    def request_id(self):
-        return self.allocation.request_id
+    def come(self, desk, tenant, stages):
+        lease = desk._live.get(self.request_id)
+        self.tally = desk._tallies.of(None) if lease is None else lease._holder.tally
+        desk._waiters.lead(self)
 
-    @property
-    def tokens(self):
-        return self.allocation.tokens
+    def attempt(self, desk):
+        granted = desk._cache._append_now(self.request_id, self.more)
+        return False if granted is None else granted or None
 
-    @property
-    def max_tokens(self):
-        return self.allocation.max_tokens
+    def note_grant(self, desk, waited):
+        self.tally.grown += 1
 
-    @property
-    def cached_tokens(self):
-        return self.allocation.cached_tokens
+    def losses(self, tally):
+        return tally.growth_refused
 
-    def free(self):
-        """Ends the sequence that was granted, if it still lives: never a later one of the same id."""
-        return self._cache._end(self.allocation)
+    def undo(self, desk, lease):
+        cache = desk._cache
+        with suppress(KVCacheError):  # freed since
+            cache.truncate(self.request_id, max(cache.used_tokens(self.request_id) - self.tokens, 0))
 
-    def __repr__(self):
-        return f"Lease({self.allocation!r}, tenant={self.tenant!r}, priority={self.priority})"
+    def refusal(self, desk, reason, waited):
+        free, unclaimed = desk._cache._room()
+        numbers = (self.first, free, unclaimed, max(self.first - free, 0), 0)
+        return Refusal(
+            reason or "arena_full", self.request_id, self.tokens, self.limit, *numbers, waited=waited
+        )
 
-    def __enter__(self):
-        return self
 
-    def __exit__(self, *exception):
-        self._cache._end(self.allocation)
+class Returner(Waiter):
+    """The way back of a suspended sequence: before all newcomers, on its tenant's account all the time.
 
-    async def __aenter__(self):
-        return self
+    Parameters
+    ----------
+    request_id, sleeper
+    recompute : bool
+        As of `KVCache.resume`.
+    """
 
-    async def __aexit__(self, *exception):
-        self._cache._end(self.allocation)
+    __slots__ = ("recompute",)
+    level = RETURNING
+
+    def __init__(self, request_id, sleeper, recompute):
+        super().__init__(request_id, sleeper)
+        self.recompute = recompute
+
+    def come(self, desk, tenant, stages):
+        cache, size = desk._cache, desk._size
+        if self.request_id in desk._ids:
+            raise Suspended(request_id=self.request_id)
+        self.tokens, self.limit = cache.used_tokens(self.request_id), cache.limit(self.request_id)
+        self.least = max(self.limit, 1)
+        self.first, self.total = -(-max(self.tokens, 1) // size), -(-self.least // size)
+        lease = desk._live.get(self.request_id)
+        self.priority = 0 if lease is None else lease.priority
+        self.tenant = desk._account(None) if lease is None else lease._holder
+        self.tally = self.tenant.tally
+        desk._ids[self.request_id] = self
+        desk._waiters.add(self)
+        self.look_again(desk)
+
+    def look_again(self, desk):
+        cache = desk._cache
+        if self.request_id not in cache:
+            desk._finish(self, error=UnknownSequence(request_id=self.request_id))
+        elif not cache.is_suspended(self.request_id):  # back already
+            desk._finish(self, lease=cache._bring_back(self.request_id, False))
+
+    def attempt(self, desk):
+        return desk._cache._bring_back(self.request_id, self.recompute)
+
+    def note_grant(self, desk, waited):
+        self.tally.resumed += 1
+
+    def losses(self, tally):
+        return tally.resume_refused
+
+    def refusal(self, desk, reason, waited):
+        return self.reply(Room(desk._size, *desk._cache._room()), reason, waited)

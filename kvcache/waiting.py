@@ -7,6 +7,7 @@ that the first one that fits is found in `O(log n)`. Across lines the choice loo
 import math
 
 NEVER = 2**62  # more blocks than there can be
+RETURNING = -math.inf  # level of those who have been admitted once: before every priority
 
 
 class Tenant:
@@ -37,8 +38,13 @@ class Line:
 
     def __init__(self, tenant, level):
         self.tenant = tenant
-        self.level = level  # the negative of the priority
+        self.level = level  # the negative of the priority, or `RETURNING`
         self.clear(8)
+
+    @property
+    def room(self):
+        """Blocks that its tenant may have for one of them; who returns is on the tenant's account."""
+        return NEVER if self.level == RETURNING else self.tenant.room
 
     def clear(self, capacity):
         self.places = [None] * capacity  # [end] waiters, None where one has left
@@ -130,7 +136,7 @@ class Waiters:
 
     def add(self, waiter):
         """At the end of its line."""
-        level = -waiter.priority
+        level = waiter.level
         line = self.lines.get((level, waiter.tenant))
         if line is None:
             line = self.lines[level, waiter.tenant] = Line(waiter.tenant, level)
@@ -197,7 +203,7 @@ class Waiters:
         for waiter in self.old_heads(now):
             if waiter.tenant in closed:
                 continue
-            if waiter.total > waiter.tenant.room:
+            if waiter.total > waiter.room:
                 closed.add(waiter.tenant)
             elif waiter.total <= unclaimed and waiter.first <= free:
                 return waiter
@@ -205,7 +211,7 @@ class Waiters:
                 return None  # what there is, is kept for it
         while fitting:
             line = self.fairest(fitting, closed)
-            found = line and line.first_that_fits(min(unclaimed, line.tenant.room), free)
+            found = line and line.first_that_fits(min(unclaimed, line.room), free)
             if found or line is None:
                 return found
             fitting.remove(line)  # one needs few blocks at once, another one few in all
@@ -223,6 +229,6 @@ class Waiters:
                 tenant.blocks > blocks or (tenant.blocks == blocks and line.head.number > number)
             ):
                 continue
-            if line.totals[1] <= tenant.room and tenant not in closed:
+            if line.totals[1] <= line.room and (tenant not in closed or line.level == RETURNING):
                 best, level, blocks, number = line, line.level, tenant.blocks, line.head.number
         return best

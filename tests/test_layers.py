@@ -27,6 +27,8 @@ RANKS = {
     "admission": 4,
     "course": 4,
     "desk": 4,
+    "lease": 4,
+    "sleepers": 4,
     "waiter": 4,
     "demo": 4,
     "demo_view": 4,

@@ -611,7 +611,7 @@ def test_staging_that_a_store_does_not_give_back_is_full_now(cache, impatient):
 
 def test_the_default_store_is_full_rather_than_forgetful(cache):
     data, ends = {}, []
-    for name in range(10):
+    for name in range(20):
         if cache.allocate_for(name, 16) is None:
             break
         data[name] = fill(cache, name, name)
