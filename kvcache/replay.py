@@ -23,7 +23,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kvcache.cache import PLACEMENTS, KVCache
+from kvcache.cache import KVCache
+from kvcache.options import PLACEMENTS
 from kvcache.replay_baselines import Buddy, Reserve, RunCache
 from kvcache.replay_contents import Contents
 from kvcache.replay_figures import Meter, ReplayFault, Tally
