@@ -234,7 +234,13 @@ class Grower(Waiter):
 
     def attempt(self, desk):
         granted = desk._cache._append_now(self.request_id, self.more)
-        return False if granted is None else granted or None
+        if granted is None:
+            return False
+        if not granted:
+            self.look(desk._cache)
+            if self.is_past_limit:  # which has been lowered, or used up by others
+                desk._finish(self, reason="never_fits")
+        return granted or None
 
     def note_grant(self, desk, waited):
         self.tally.grown += 1
