@@ -32,6 +32,7 @@ from kvcache._pool cimport (
     keeps,
     my_hold,
     place_of,
+    refusals_t,
     request_t,
     reuse_t,
     slot_of,
@@ -263,6 +264,7 @@ cdef class TravelCore(CacheCore):
         cdef status_t status = STALE
         cdef int64_t cached = 0
         cdef bint mine = False
+        cdef refusals_t refused
         if journey is None or journey.record is not record:
             self.live(record)
             pool_unlock(&self.pool)
@@ -279,11 +281,14 @@ cdef class TravelCore(CacheCore):
         self.before_waiting()
         with nogil:
             kv_lock(&self.pool.lock)
+            refused = self.pool.sight.refused
             while True:
                 self.pool.pause = 0
                 status = CLOSED if self.pool.closed else self.admit_journey(journey, ids, &cached)
                 if status != HELD or not patient or wait_for_holds(&self.pool) != OK:
                     break
+            if not patient:  # whoever asks again and again counts for itself
+                self.pool.sight.refused = refused
             mine = status == HELD and my_hold(&self.pool) != NULL
             pool_unlock(&self.pool)
         if not self.knows(record):  # freed meanwhile

@@ -211,14 +211,12 @@ class AllocationQueue(Courses):
 
         Growth goes before newcomers. At the limit of the sequence it is refused at once: see `KVCache.set_limit`.
         """
-        cache = self._cache
-        one = type(tokens) is int and tokens == 1
-        if cache.append_token(request_id) if one else cache.append_tokens(request_id, tokens):
+        if self._cache._append_now(request_id, tokens, None, True):
             self.touch((request_id,))
             return True
         waiter = self._grower(request_id, tokens, ThreadSleeper())
         if waiter.is_past_limit:
-            return self._refusal(waiter, "never_fits")
+            return self._past_limit(waiter)
         stages = self._stages if strategy is None else stages_of(strategy, self._cache)
         return self._drive(waiter, self._grow(waiter, stages))
 
@@ -229,7 +227,7 @@ class AllocationQueue(Courses):
             return True
         waiter = self._grower(request_id, tokens, TaskSleeper())
         if waiter.is_past_limit:
-            return self._refusal(waiter, "never_fits")
+            return self._past_limit(waiter)
         stages = self._stages if strategy is None else stages_of(strategy, self._cache)
         return await self._drive_async(waiter, self._grow(waiter, stages))
 
@@ -280,16 +278,14 @@ class AllocationQueue(Courses):
                 with suppress(KeyError):  # not of this queue, or just freed
                     self._live.move_to_end(request_id)
 
-    def explain(self, prompt, max_tokens=None, *, max_new_tokens=None, tenant=None):
+    def explain(self, prompt, max_tokens=None, *, max_new_tokens=None, tenant=None, salt=None):
         """`Fits`, or the `Refusal` that a newcomer would get now; those who wait are not looked at."""
-        answer = self._cache.explain(prompt, max_tokens, max_new_tokens=max_new_tokens)
-        if not answer and answer.reason == "never_fits":
-            return answer
+        tokens, limit, *room = self._cache._foresee(prompt, max_tokens, max_new_tokens, salt)
         with self._turn:
             account = self._account(tenant)
-            room = self._room_for(account)
+            room = self._room_for(account, *room)
             self._drop_if_idle(account)
-        return room.judge(None, answer.tokens, answer.max_tokens, tenant=tenant)
+        return room.judge(None, tokens, limit, tenant=tenant)
 
     # ---- sight
 

@@ -51,7 +51,8 @@ class Courses(Desk):
             self._release()
 
     def _newcomer(self, request_id, prompt, max_tokens, max_new_tokens, sleeper, kept, owner):
-        sizes = self._cache._measured(prompt, max_tokens, max_new_tokens)
+        hash(request_id)
+        prompt, *sizes = self._cache._measured(prompt, max_tokens, max_new_tokens, *kept)
         return Newcomer(request_id, sleeper, prompt, sizes, kept, owner)
 
     def _grower(self, request_id, tokens, sleeper):
@@ -77,6 +78,10 @@ class Courses(Desk):
             self._require_no_hold()
             yield None
         return self._answer(waiter, reason)
+
+    def _past_limit(self, waiter):
+        """The refusal of growth that no wait could help."""
+        return waiter.refusal(self, "never_fits", 0.0)
 
     def _grow(self, waiter, stages):
         """As `_serve`, for a live sequence."""
@@ -269,11 +274,18 @@ class Courses(Desk):
 
         Where the tenant's own limit is in the way, that is the tenant's own, until that is no longer so.
         """
-        cache, first = self._cache, waiter.measure(self)
-        free, unclaimed = cache._room()
-        more_free, more_unclaimed, blocks, claims = cache._room_without([each.allocation for each in leases])
+        waiter.look(self)
+        free, unclaimed = self._cache._room()
+        records = [each.allocation for each in leases]
+        more_free, more_unclaimed, shared, blocks, claims = waiter.look_past(self, records)
         own = [each for each in leases if each._holder is waiter.tenant]
-        if first > more_free or waiter.total > min(more_unclaimed, waiter.room_without(own)):
+        lost = waiter.shared - shared  # of its prompt: held by nobody else
+        first = waiter.first + waiter.kept_free(self)
+        if (
+            first + lost > more_free
+            or waiter.total + lost > more_unclaimed
+            or waiter.total > waiter.room_without(own)
+        ):
             return []
         if waiter.total > waiter.room:
             return own

@@ -8,7 +8,7 @@ middle of it all is safe.
 
 import time
 from collections import OrderedDict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvcache.errors import CacheClosed, CacheHeld, KVCacheError
 from kvcache.lease import Lease
@@ -80,6 +80,7 @@ class Desk:
             raise ValueError(f"warn_after must be above 0, not {warn_after}")
         self._cache = cache
         self._size = cache.spec.block_size
+        self._shares = cache.placement == "paged"  # prompts hold what others hold
         self._keep = -(-keep_free // self._size)
         self._limits = dict(tenants or {})
         self._limit = tenant_limit
@@ -227,10 +228,18 @@ class Desk:
         while self._waiters.count and self._blocked is None:
             room = free, unclaimed = self._cache._room()
             waiter = self._waiters.choose(free - self._keep, unclaimed, now)
+            if waiter is None and self._shares and self._look_at_first():
+                continue
             if waiter is None or room == refused:
                 return
-            if not self._attempt(waiter):
+            needs = waiter.first, waiter.total
+            if not self._attempt(waiter) and needs == (waiter.first, waiter.total):
                 refused = room  # somebody was faster: it keeps its place
+
+    def _look_at_first(self):
+        """Whether the one that came first needs something else by now: others may have computed what it begins with."""
+        heads = [line.head for line in self._waiters.lines.values()]
+        return bool(heads) and min(heads, key=lambda each: each.number).look(self)
 
     def _attempt(self, waiter):
         """Asks the cache. True: it no longer waits."""
@@ -292,10 +301,19 @@ class Desk:
 
     # ---- what there is
 
-    def _room_for(self, account):
-        """For a newcomer of this tenant."""
-        most = account.room if account.limited else None
-        return Room(self._size, *self._cache._room(), self._keep, most)
+    def _room_for(self, account, free, unclaimed, shared=0):
+        """For a newcomer of this tenant; for one that returns, None."""
+        room = Room(self._size, self._cache.spec.num_blocks, free, unclaimed, shared)
+        if account is None:
+            return room
+        most = account.most_blocks if account.most_blocks != NEVER else None
+        return replace(
+            room,
+            keep=self._keep,
+            tenant=None if most is None else most - account.blocks,
+            most=most,
+            crowded=account.sequences >= account.most_sequences,
+        )
 
     def _refusal(self, waiter, reason):
         """Why the request, which has left the queue, was not granted; `reason` says more than the numbers, if given."""

@@ -104,6 +104,13 @@ class Line:
                 nodes += (node + 1, node)
         return None
 
+    def first_that_may(self, total, first):
+        """The earliest waiter that is content with so many blocks, and with what its tenant may have."""
+        waiting = [each for each in self.places if each is not None]
+        return next(
+            (each for each in waiting if each.total <= min(total, each.room) and each.first <= first), None
+        )
+
 
 class Waiters:
     """All lines, and the few that go before them: growth, and whoever makes room by evicting."""
@@ -212,6 +219,10 @@ class Waiters:
         while fitting:
             line = self.fairest(fitting, closed)
             found = line and line.first_that_fits(min(unclaimed, line.room), free)
+            if (
+                found and found.total > found.room
+            ):  # others hold some of its blocks, but its tenant pays for them
+                found = line.first_that_may(unclaimed, free)
             if found or line is None:
                 return found
             fitting.remove(line)  # one needs few blocks at once, another one few in all

@@ -147,8 +147,11 @@ def test_explain_answers_never_fits_instead_of_raising(make_cache):
 def test_explain_of_the_queue_knows_watermark_and_tenant(crowd):
     here = crowd(keep_free=16, tenants={"t": TenantLimit(tokens=8)})
     assert here.queue.explain(48)
-    assert here.queue.explain(52).reason == "watermark"
-    assert here.queue.explain(12, tenant="t").reason == "tenant_limit"
+    assert here.queue.explain(52).reason == "never_fits"
+    assert here.queue.explain(12, tenant="t").reason == "never_fits"
+    here.ask("a", 8, tenant="t")
+    assert here.queue.explain(44).reason == "watermark"
+    assert here.queue.explain(8, tenant="t").reason == "tenant_limit"
 
 
 # ---- reduce

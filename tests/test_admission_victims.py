@@ -241,7 +241,7 @@ def test_what_would_come_free_is_what_comes_free(data):
             cache.pin(data.draw(st.sampled_from(live)))
     victims = [name for name in cache if data.draw(st.booleans())]
     before = cache.stats()
-    free, unclaimed, blocks, claims = cache._room_without([cache._record_of(name) for name in victims])
+    free, unclaimed, _, blocks, claims = cache._room_without([cache._record_of(name) for name in victims])
     assert cache.stats() == before
     cache.check()
     for name in victims:
