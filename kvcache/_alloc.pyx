@@ -271,13 +271,13 @@ cdef class CacheCore(Prefixes):
         return self.enter(record) if self.answer(status, request_id) else None
 
     def _append_now(self, request_id, tokens, Allocation record=None, bint patient=False):
-        """Growth, by a count or by ids, of this very sequence if there is a record. True or False; None, unless
-        `patient`, where it would have to wait for a hold of another thread.
+        """Growth, by a count or by ids; with a record, of this very sequence, and asked for before. True or False;
+        None, unless `patient`, where it would have to wait for a hold of another thread.
         """
         cdef Allocation found = self.find(request_id)
         cdef handle_t handle = found.handle
         cdef status_t status = BUSY
-        cdef bint mine = False
+        cdef bint mine = False, counts = record is None
         cdef ids_t ids
         if record is not None and found is not record:
             raise UnknownSequence(request_id=request_id)
@@ -289,6 +289,7 @@ cdef class CacheCore(Prefixes):
         try:
             if kv_lock_try(&self.pool.lock):
                 status = self.append_quietly(handle, &ids, False)
+                self.pool.sight.refused.past_limit += counts and status == PAST_LIMIT
                 mine = status == HELD and my_hold(&self.pool) != NULL
                 pool_unlock(&self.pool)
             if status == BUSY or (status == HELD and patient):
@@ -299,6 +300,7 @@ cdef class CacheCore(Prefixes):
                         status = self.append_quietly(handle, &ids, True)
                         if status != HELD or not patient or wait_for_holds(&self.pool) != OK:
                             break
+                    self.pool.sight.refused.past_limit += counts and status == PAST_LIMIT
                     mine = status == HELD and my_hold(&self.pool) != NULL
                     pool_unlock(&self.pool)
         finally:
@@ -315,8 +317,7 @@ cdef class CacheCore(Prefixes):
         if not is_live(&self.pool, handle):
             return STALE
         status = append(&self.pool, who, ids.count, patient)
-        if status != PAST_LIMIT:
-            self.pool.sight.refused = refused
+        self.pool.sight.refused = refused
         if status == OK and ids.data != NULL:
             note_ids(&self.pool, who, self.pool.space.hot[who].tokens - ids.count, ids.data, ids.count)
         return status
