@@ -8,10 +8,12 @@ middle of it all is safe.
 
 import time
 from collections import OrderedDict, deque
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from kvcache.errors import CacheClosed, CacheHeld, KVCacheError
 from kvcache.lease import Lease
+from kvcache.options import as_count, as_number
 from kvcache.parking import ParkingLock
 from kvcache.refusals import Room
 from kvcache.tallies import Tallies
@@ -37,11 +39,10 @@ class TenantLimit:
     share: float | None = None
 
     def __post_init__(self):
-        for name, least in (("tokens", 1), ("sequences", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, not {value}")
-        if self.share is not None and not 0 < self.share <= 1:
+        for name in ("tokens", "sequences"):
+            if getattr(self, name) is not None:
+                as_count(getattr(self, name), name, 1)
+        if self.share is not None and not 0 < as_number(self.share, "share") <= 1:
             raise ValueError(f"share must be above 0 and at most 1, not {self.share}")
 
     def most_blocks(self, spec):
@@ -74,16 +75,27 @@ class Desk:
     def __init__(
         self, cache, name, keep_free, patience, most_overtaken, tenants, tenant_limit, warn_after, clock
     ):
-        if keep_free < 0 or patience < 0 or most_overtaken < 0:
-            raise ValueError("keep_free, patience and most_overtaken must be at least 0")
-        if warn_after is not None and not warn_after > 0:
-            raise ValueError(f"warn_after must be above 0, not {warn_after}")
         self._cache = cache
         self._size = cache.spec.block_size
+        self._keep = -(-as_count(keep_free, "keep_free") // self._size)
+        if self._keep >= cache.spec.num_blocks:
+            arena = cache.spec.num_blocks * self._size
+            raise ValueError(f"keep_free={keep_free} leaves newcomers nothing of an arena of {arena} tokens")
+        as_number(patience, "patience", 0)
+        as_count(most_overtaken, "most_overtaken")
+        if warn_after is not None and not as_number(warn_after, "warn_after") > 0:
+            raise ValueError(f"warn_after must be above 0, not {warn_after}")
+        if not callable(clock):
+            raise TypeError(f"clock must be callable, not {type(clock).__name__}")
         self._shares = cache.placement == "paged"  # prompts hold what others hold
-        self._keep = -(-keep_free // self._size)
+        if not isinstance(tenants, (Mapping, type(None))):
+            raise TypeError(f"tenants must be a mapping, not {type(tenants).__name__}")
         self._limits = dict(tenants or {})
         self._limit = tenant_limit
+        for tenant, limit in (*self._limits.items(), (None, tenant_limit)):
+            if limit is not None and not isinstance(limit, TenantLimit):
+                whose = "tenant_limit" if tenant is None else f"the limit of tenant {tenant!r}"
+                raise TypeError(f"{whose} must be a TenantLimit, not {type(limit).__name__}")
         self._tallies = Tallies(self._limits)
         self._warn_after = warn_after
         self._clock = clock
