@@ -152,8 +152,8 @@ class Courses(Desk):
                 waiter.sleeper.sleep(next(course))
         except StopIteration as end:
             return end.value
-        except BaseException:
-            self._give_back(waiter)
+        except BaseException as error:
+            self._give_back(waiter, error if isinstance(error, Exception) else None)
             raise
 
     async def _drive_async(self, waiter, course):
@@ -164,8 +164,8 @@ class Courses(Desk):
                 except StopIteration as end:
                     return end.value
                 await waiter.sleeper.sleep(seconds)
-        except BaseException:
-            self._give_back(waiter)
+        except BaseException as error:
+            self._give_back(waiter, error if isinstance(error, Exception) else None)
             raise
 
     # ---- room at the cost of others

@@ -300,14 +300,18 @@ class Desk:
 
     # ---- leaving
 
-    def _give_back(self, waiter):
-        """Its thread or task has been interrupted: what it has been granted is freed, now or very soon. Never waits."""
+    def _give_back(self, waiter, error=None):
+        """Its thread or task has failed, or was interrupted: what it has been granted is freed, now or very soon.
+
+        Never waits.
+        """
+        waiter.fault = error
         self._note(waiter)
 
     def _give_up(self, waiter):
         lease, waiter.lease = waiter.lease, None
         if not waiter.done:
-            self._finish(waiter, reason="cancelled")
+            self._finish(waiter, error=waiter.fault, reason=None if waiter.fault else "cancelled")
         elif lease:
             waiter.undo(self, lease)
 

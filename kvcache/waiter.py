@@ -28,6 +28,7 @@ class Waiter:
         "deadline",  # when it is woken in any case, by the queue's clock; None: never
         "done",  # no longer waiting: `lease`, `error` or `reason` says why
         "error",
+        "fault",  # what its own thread or task came across
         "first",  # blocks needed at once
         "lease",  # what has been granted: a Lease, True for growth, a Transfer back
         "least",  # the lowest limit that would do, in tokens
@@ -53,6 +54,7 @@ class Waiter:
         self.request_id = request_id
         self.sleeper = sleeper
         self.tally = self.tenant = self.line = self.lease = self.error = self.reason = self.deadline = None
+        self.fault = None
         self.overtaken = self.priority = self.total = self.first = self.place = self.number = 0
         self.tokens = self.limit = self.least = self.shared = 0
         self.since = 0.0

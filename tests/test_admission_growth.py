@@ -7,8 +7,8 @@ from crowd import Crowd
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcache import KVCache
-from kvcache.admission import AllocationQueue, Reject, Wait
+from kvcache import KVCache, UnknownSequence
+from kvcache.admission import AllocationQueue, Evict, Reject, Swap, Wait
 
 SIZE, BLOCKS = 4, 8
 
@@ -151,3 +151,87 @@ def test_what_growth_is_told_is_exact(placement, steps, more, overcommit):
     assert not cache.append_tokens("a", answer.fitting_tokens + 1)
     assert cache.append_tokens("a", answer.fitting_tokens)
     cache.check()
+
+
+# ---- whose tokens are taken back
+
+
+def test_growth_that_is_cancelled_after_its_grant_is_taken_back(crowd):
+    here = crowd()
+    here.ask("a", 4, max_tokens=16), here.ask("b", 28)
+    assert here.grow("a", 4) is None
+    here.cache.free_for("b")
+    assert here.cache.used_tokens("a") == 8
+    here.cancel(("grow", "a"))
+    assert here.cache.used_tokens("a") == 4
+
+
+def test_growth_that_is_cancelled_leaves_a_later_sequence_of_the_id_alone(crowd):
+    here = crowd()
+    here.ask("a", 4, max_tokens=16), here.ask("b", 28)
+    assert here.grow("a", 4) is None
+    here.cache.free_for("b"), here.cache.free_for("a")
+    assert here.cache.allocate_for("a", 8, max_tokens=12)
+    here.cancel(("grow", "a"))
+    assert here.cache.used_tokens("a") == 8
+
+
+def test_growth_never_goes_to_a_later_sequence_of_the_id(crowd):
+    here = crowd()
+    here.ask("a", 4, max_tokens=16), here.ask("b", 28)
+    assert here.grow("a", 8) is None
+    with here.queue._turn:  # nobody reads the notes until all of it has happened
+        here.cache.free_for("b"), here.cache.free_for("a")
+        assert here.cache.allocate_for("a", 8, max_tokens=16)
+    with pytest.raises(UnknownSequence):
+        here.answer(("grow", "a"))
+    assert here.cache.used_tokens("a") == 8
+
+
+def test_what_is_taken_back_wakes_others(crowd):
+    here = crowd()
+    here.ask("a", 4, max_tokens=16), here.ask("b", 28)
+    assert here.grow("a", 8) is None
+    assert here.ask("c", 24) is None
+    here.cache.free_for("b")
+    here.cancel(("grow", "a"))
+    assert here.answer("c")
+
+
+# ---- what its own strategy comes across
+
+
+def objects(request_id, *event):
+    raise LookupError(request_id)
+
+
+def test_whoever_asks_has_failed_where_a_victims_owner_objects(crowd):
+    here = crowd(Evict())
+    here.ask("a", 32, on_evict=objects)
+    with pytest.raises(LookupError):
+        here.ask("b", 4)
+    with pytest.raises(LookupError):
+        here.queue.allocate("b", 4)
+    told = here.queue.stats().tenants[""]
+    assert (told.failed, sum(told.refused.values())) == (2, 0)
+    assert list(here.cache) == ["a"]
+
+
+def test_whoever_asks_has_failed_where_a_victims_owner_will_not_have_it_swapped_out(make_cache):
+    cache = make_cache(1, 1, 4, SIZE * BLOCKS, SIZE)
+    queue = AllocationQueue(cache, Swap())
+    queue.allocate("a", 32, on_swap=objects)
+    with pytest.raises(LookupError):
+        queue.allocate("b", 4)
+    told = queue.stats().tenants[""]
+    assert (told.failed, sum(told.refused.values())) == (1, 0)
+    assert not cache.is_suspended("a") and len(queue) == 0
+
+
+def test_a_task_that_is_cancelled_has_not_failed(crowd):
+    here = crowd()
+    here.ask("a", 32)
+    assert here.ask("b", 4) is None
+    here.cancel("b")
+    told = here.queue.stats().tenants[""]
+    assert (told.failed, told.refused["cancelled"]) == (0, 1)
