@@ -36,6 +36,21 @@ EVERYTHING = (  # that has to have happened, or the storm was none
     "holds",
     "looks",
     "comparisons",
+    "appends",
+    "owners told",
+    "pins",
+    "hit tokens",
+    "swapped",
+    "swaps failed",
+    "told leaving",
+    "suspended by their owners",
+    "came back",
+    "came back lost",
+    "came back failed",
+    "corrupt chunks",
+    "computed again",
+    "writes that raised",
+    "reads that raised",
 )
 
 
