@@ -278,7 +278,7 @@ METRICS = (
         "kvcache.admission.duration",
         HISTOGRAM,
         "s",
-        "Time until admission; what neither waited nor moved counts as within the first bound, and 0 in the sum.",
+        "Time until admission; what neither waited, moved nor copied is within the first bound, and 0 in the sum.",
         "",
         lambda now: (LATENCY_BOUNDS, now.stats.admission_latencies, now.stats.admission_seconds),
     ),

@@ -378,6 +378,15 @@ def test_every_query_of_the_dashboard_names_exported_metrics():
         assert used and used <= names, query
 
 
+def test_every_alert_of_the_manual_names_exported_metrics():
+    page = (DOCS / "monitoring.md").read_text()
+    (alerts,) = re.findall(r"### Alerts to begin with\n\n```text\n(.*?)```", page, re.DOTALL)
+    used = set(re.findall(r"\bkvcache_\w+", alerts))
+    assert (
+        {"kvcache_prefix_hit_tokens_total", "kvcache_corrupt_chunks_total"} <= used <= set(exported_names())
+    )
+
+
 def test_panels_of_the_dashboard_do_not_overlap():
     dashboard = json.loads((DOCS / "grafana" / "kvcache.json").read_text())
     taken = set()
