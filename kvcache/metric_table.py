@@ -361,6 +361,24 @@ QUEUE_METRICS = (
         _by_tenant("evicted"),
         "tenant",
     ),
+    _counter(
+        "queue.swaps",
+        "{sequence}",
+        "Sequences that had to leave for a store to make room, by what became of them.",
+        lambda queue: {
+            (name, outcome): count
+            for name, tenant in queue.tenants.items()
+            for outcome, count in (("suspended", tenant.swapped), ("intact", tenant.swaps_failed))
+        },
+        ("tenant", "outcome"),
+    ),
+    _counter(
+        "queue.returns",
+        "{request}",
+        "Suspended sequences that were to come back, by what became of them.",
+        _outcomes("resumed", "resume_refused", None),
+        ("tenant", "outcome"),
+    ),
     Metric(
         "kvcache.queue.wait",
         HISTOGRAM,

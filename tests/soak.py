@@ -205,7 +205,9 @@ class Storm:
         stats = cache.stats()
         assert (stats.used_blocks, stats.claimed_blocks, stats.waiting_blocks) == (0, 0, 0)
         assert stats.suspended_sequences == stats.pinned_blocks == 0
-        assert stats.corrupt_chunks <= self.happened["damaged chunks"]  # one that nobody waits for is not verified
+        assert (
+            stats.corrupt_chunks <= self.happened["damaged chunks"]
+        )  # one that nobody waits for is not verified
         self.happened["corrupt chunks"] += stats.corrupt_chunks
         self.happened["hit tokens"] += stats.hit_tokens
         assert (stats.free_blocks, stats.allocated_bytes) == (BLOCKS, 0)
