@@ -223,7 +223,7 @@ class KVCacheSpec:
         config : dict, str or os.PathLike
             What is in a ``config.json``, its path, or the folder that it is in.
         max_total_tokens : int, optional
-            As in the constructor; by default the longest context that the model is made for: room for one such sequence.
+            As in the constructor; by default the longest context of the model: room for one such sequence.
         block_size : int
         dtype : str, optional
             ``float32``, ``float16`` or ``bfloat16``; by default that of the model, bfloat16 if it does not say.
