@@ -136,7 +136,9 @@ cdef int32_t enter_block(index_t *index, int32_t parent, int64_t block) noexcept
     new.parent = parent
     new.ancestry = index.entries[parent].generation if parent >= 0 else 0
     new.generation += 1
-    new.next = index.buckets[bucket]
+    new.next, new.before = index.buckets[bucket], 0
+    if new.next:
+        index.entries[new.next - 1].before = entry + 1
     new.kids = new.cached = 0
     new.block = <int32_t>block
     index.buckets[bucket] = entry + 1
@@ -199,26 +201,37 @@ cdef inline void relink(index_t *index, int64_t block, bint first) noexcept nogi
 
 cdef void forget_block(index_t *index, int64_t block) noexcept nogil:
     """A block, which has an entry, loses its content; with the last one goes the entry."""
+    drop_block(index, block, False)
+
+
+cdef void evict_block(index_t *index, int64_t block) noexcept nogil:
+    """The same, since its memory is needed: until another one takes the place, it is remembered that it was there."""
+    drop_block(index, block, True)
+
+
+cdef inline void drop_block(index_t *index, int64_t block, bint evicted) noexcept nogil:
     cdef int32_t entry = entry_at(index, block)
     if is_cached(index, block):
         uncache_block(index, block)
     if has_twin(index, block):
         unlink_copy(index, entry, block)
     else:
-        remove_entry(index, entry)
+        remove_entry(index, entry, evicted)
     index.entry_of[block] = 0
 
 
-cdef void remove_entry(index_t *index, int32_t entry) noexcept nogil:
+cdef void remove_entry(index_t *index, int32_t entry, bint evicted) noexcept nogil:
     cdef entry_t *gone = &index.entries[entry]
-    cdef uint64_t content = kv_hash_ids(&index.ids[<int64_t>gone.block * index.block_size], index.block_size,
-                                        index.seed)
-    cdef uint64_t bucket = (kv_hash_after(content, gone.parent, gone.ancestry, index.seed)
-                            & index.hash_mask & index.mask)
-    cdef int32_t *link = &index.buckets[bucket]
-    while link[0] != entry + 1:
-        link = &index.entries[link[0] - 1].next
-    link[0] = gone.next
+    cdef uint64_t hash = full_hash(index, gone.parent, gone.ancestry,
+                                   &index.ids[<int64_t>gone.block * index.block_size])
+    if evicted:
+        index.gone[hash & index.mask] = print_of(hash)
+    if gone.before:
+        index.entries[gone.before - 1].next = gone.next
+    else:
+        index.buckets[hash & index.hash_mask & index.mask] = gone.next
+    if gone.next:
+        index.entries[gone.next - 1].before = gone.before
     forget_leaf(&index.leaves, entry)
     if index.journal != NULL:
         write_down(index.journal, EVICTED, serial_of(index, entry, gone.generation),
@@ -336,14 +349,6 @@ cdef inline uint64_t full_hash(const index_t *index, int32_t parent, uint32_t an
     return kv_hash_after(kv_hash_ids(ids, index.block_size, index.seed), parent, ancestry, index.seed)
 
 
-cdef void note_gone(index_t *index, int32_t entry) noexcept nogil:
-    """Remembers, until another one takes the place, that an entry was evicted."""
-    cdef const entry_t *seen = &index.entries[entry]
-    cdef uint64_t hash = full_hash(index, seen.parent, seen.ancestry,
-                                   &index.ids[<int64_t>seen.block * index.block_size])
-    index.gone[hash & index.mask] = print_of(hash)
-
-
 cdef bint was_evicted(const index_t *index, int32_t parent, const int32_t *ids) noexcept nogil:
     """Whether a block that is not there once was, as far as that is remembered; one in four billion errs."""
     cdef uint64_t hash = full_hash(index, parent, index.entries[parent].generation if parent >= 0 else 0, ids)
@@ -409,7 +414,7 @@ cdef str check_index(const index_t *index):
         if index.entries[entry].generation & 1:
             entries += 1
             pinned -= index.pins[entry] > 0
-            wrong = check_entry(index, entry, &linked)
+            wrong = check_entry(index, entry, &linked) or check_bucket(index, entry)
             if wrong is not None:
                 return wrong
     if pinned:
@@ -448,6 +453,15 @@ cdef str check_entry(const index_t *index, int32_t entry, int64_t *linked):
         return f"entry {entry} has {cached} cached blocks, its count says {seen.cached}"
     if may_leave(index, entry) != is_leaf(&index.leaves, entry):
         return f"entry {entry} with {seen.kids} kids is {'' if is_leaf(&index.leaves, entry) else 'not '}a leaf"
+    return None
+
+
+cdef str check_bucket(const index_t *index, int32_t entry):
+    cdef int32_t after = index.entries[entry].next - 1, before = index.entries[entry].before - 1
+    if after >= 0 and index.entries[after].before != entry + 1:
+        return f"entry {after} comes after entry {entry} in a bucket, it says {index.entries[after].before - 1}"
+    if before >= 0 and index.entries[before].next != entry + 1:
+        return f"entry {before} comes before entry {entry} in a bucket, it says {index.entries[before].next - 1}"
     return None
 
 
