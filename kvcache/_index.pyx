@@ -20,6 +20,7 @@ from kvcache._leaves cimport (
     leaves_destroy,
     leaves_init,
     remove_leaf,
+    replace_leaf,
 )
 
 cdef uint64_t ALL = 0xFFFFFFFFFFFFFFFF
@@ -259,21 +260,29 @@ cdef int32_t cached_copy(const index_t *index, int32_t entry) noexcept nogil:
     return block if is_cached(index, block) and not bit_of(index.fresh, block) else -1
 
 
-cdef inline void update_leaf(index_t *index, int32_t entry) noexcept nogil:
-    cdef bint leaf = may_leave(index, entry)
-    if leaf and not is_leaf(&index.leaves, entry):
-        add_leaf(&index.leaves, entry)
-    elif not leaf and is_leaf(&index.leaves, entry):
-        remove_leaf(&index.leaves, entry)
-
-
-cdef void count_kid(index_t *index, int32_t entry, int32_t change) noexcept nogil:
-    """Tells the entry before that this one has, or has no longer, a cached block."""
+cdef void add_kid(index_t *index, int32_t entry) noexcept nogil:
+    """The entry has a cached block, which keeps what precedes it from being evicted."""
     cdef int32_t parent = parent_of(index, entry)
     if parent >= 0:
-        index.entries[parent].kids += change
-        if index.entries[parent].cached:
-            update_leaf(index, parent)
+        index.entries[parent].kids += 1
+        if is_leaf(&index.leaves, parent):
+            remove_leaf(&index.leaves, parent)
+
+
+cdef void remove_kid(index_t *index, int32_t entry) noexcept nogil:
+    """The entry, which may be a leaf, has no cached block any more; the one before it may be a leaf in its stead."""
+    cdef int32_t parent = parent_of(index, entry)
+    cdef bint follows = False
+    if parent >= 0:
+        index.entries[parent].kids -= 1
+        follows = may_leave(index, parent)
+    if is_leaf(&index.leaves, entry):
+        if follows:
+            replace_leaf(&index.leaves, entry, parent)
+        else:
+            remove_leaf(&index.leaves, entry)
+    elif follows:
+        add_leaf(&index.leaves, parent)
 
 
 cdef void cache_block(index_t *index, int64_t block, bint fresh) noexcept nogil:
@@ -294,8 +303,9 @@ cdef inline void count_cached(index_t *index, int32_t entry) noexcept nogil:
     count_quota(&index.leaves, entry, 1)
     index.entries[entry].cached += 1
     if index.entries[entry].cached == 1:
-        count_kid(index, entry, 1)
-    update_leaf(index, entry)
+        add_kid(index, entry)
+        if may_leave(index, entry):
+            add_leaf(&index.leaves, entry)
 
 
 cdef void uncache_block(index_t *index, int64_t block) noexcept nogil:
@@ -311,9 +321,8 @@ cdef void uncache_block(index_t *index, int64_t block) noexcept nogil:
     index.cached_blocks -= 1
     count_quota(&index.leaves, entry, -1)
     index.entries[entry].cached -= 1
-    update_leaf(index, entry)
     if index.entries[entry].cached == 0:
-        count_kid(index, entry, -1)
+        remove_kid(index, entry)
 
 
 cdef void settle_block(index_t *index, int64_t block) noexcept nogil:

@@ -36,6 +36,7 @@ cdef void join_quota(leaves_t *leaves, int32_t entry) noexcept nogil
 cdef void count_quota(leaves_t *leaves, int32_t entry, int64_t blocks) noexcept nogil
 cdef void add_leaf(leaves_t *leaves, int32_t entry) noexcept nogil
 cdef void remove_leaf(leaves_t *leaves, int32_t entry) noexcept nogil
+cdef void replace_leaf(leaves_t *leaves, int32_t entry, int32_t successor) noexcept nogil
 cdef void weigh(leaves_t *leaves, int32_t entry, double score) noexcept nogil
 cdef int reserve_priorities(leaves_t *leaves) noexcept nogil
 cdef void prefer(leaves_t *leaves, int32_t entry, int32_t priority, double expires) noexcept nogil
