@@ -35,7 +35,7 @@ ctypedef struct index_t:
     int32_t *pins          # [entries] how often each is pinned
     uint32_t *gone         # [mask + 1] prints of entries that were evicted, by bucket; 0 for none
     uint64_t *fresh        # of the cached: let go under a hold that has not ended, so that it may not be given away yet
-    entry_t *entries       # [num_blocks]
+    entry_t *entries       # [num_blocks + 1] the last one is never used, so that each has one after it
     int32_t unused         # first unused entry + 1
     int32_t touched        # entries that have ever been used
     int32_t *buckets       # [mask + 1] first entry + 1

@@ -43,7 +43,7 @@ cdef int index_init(index_t *index, int64_t num_blocks, int64_t block_size, cons
     index.last_copy = <int32_t *>calloc(num_blocks, sizeof(int32_t))
     index.cached = <uint64_t *>calloc(words, sizeof(uint64_t))
     index.fresh = <uint64_t *>calloc(words, sizeof(uint64_t))
-    index.entries = <entry_t *>calloc(num_blocks, sizeof(entry_t))
+    index.entries = <entry_t *>calloc(num_blocks + 1, sizeof(entry_t))
     index.buckets = <int32_t *>calloc(buckets, sizeof(int32_t))
     index.pinned = <uint64_t *>calloc(words, sizeof(uint64_t))
     index.pins = <int32_t *>calloc(num_blocks, sizeof(int32_t))
@@ -83,22 +83,31 @@ cdef inline uint64_t bucket_of(const index_t *index, int32_t parent, const int32
     return hash & index.hash_mask & index.mask
 
 
+cdef inline bint is_after(const index_t *index, int32_t entry, int32_t parent, const int32_t *ids) noexcept nogil:
+    """Whether an entry, which has content, has these ids, and comes after `parent`."""
+    cdef const entry_t *seen = &index.entries[entry]
+    return (seen.parent == parent and (parent < 0 or seen.ancestry == index.entries[parent].generation)
+            and memcmp(&index.ids[<int64_t>seen.block * index.block_size], ids,
+                       index.block_size * sizeof(int32_t)) == 0)
+
+
 cdef inline int32_t find_in(const index_t *index, uint64_t bucket, int32_t parent, const int32_t *ids) noexcept nogil:
     cdef int32_t entry = index.buckets[bucket] - 1
-    cdef size_t length = index.block_size * sizeof(int32_t)
-    cdef const entry_t *seen
-    while entry >= 0:
-        seen = &index.entries[entry]
-        if (seen.parent == parent and (parent < 0 or seen.ancestry == index.entries[parent].generation)
-                and memcmp(&index.ids[<int64_t>seen.block * index.block_size], ids, length) == 0):
-            return entry
-        entry = seen.next - 1
-    return -1
+    while entry >= 0 and not is_after(index, entry, parent, ids):
+        entry = index.entries[entry].next - 1
+    return entry
 
 
 cdef int32_t find_after(const index_t *index, int32_t parent, const int32_t *ids) noexcept nogil:
     """The entry of a block of ids after `parent`, or, after -1 - salt, at the beginning of a prompt; -1 for none."""
     return find_in(index, bucket_of(index, parent, ids), parent, ids)
+
+
+cdef inline int32_t find_next(const index_t *index, int32_t entry, const int32_t *ids) noexcept nogil:
+    """The same, and nothing is hashed where it was entered right after the one before it, as most of a prompt is."""
+    if entry >= 0 and index.entries[entry + 1].generation & 1 and is_after(index, entry + 1, entry, ids):
+        return entry + 1
+    return find_after(index, entry, ids)
 
 
 cdef int64_t match_ids(const index_t *index, int32_t salt, const int32_t *ids, int64_t most,
@@ -107,7 +116,7 @@ cdef int64_t match_ids(const index_t *index, int32_t salt, const int32_t *ids, i
     cdef int32_t entry = -1 - salt
     cdef int64_t count
     for count in range(most):
-        entry = find_after(index, entry, ids + count * index.block_size)
+        entry = find_next(index, entry, ids + count * index.block_size)
         if entry < 0:
             return count
         if found != NULL:
