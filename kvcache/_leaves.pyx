@@ -142,12 +142,6 @@ cdef void reseat_leaf(leaves_t *leaves, int32_t entry) noexcept nogil:
         reseat(leaves, &quota.heap, entry)
 
 
-cdef void weigh(leaves_t *leaves, int32_t entry, double score) noexcept nogil:
-    leaves.score[entry] = score
-    if leaves.heap.rank[entry]:
-        reseat_leaf(leaves, entry)
-
-
 cdef void forget_leaf(leaves_t *leaves, int32_t entry) noexcept nogil:
     """An entry that is no leaf is no more."""
     if leaves.priority != NULL:
@@ -257,8 +251,7 @@ cdef void join_quota(leaves_t *leaves, int32_t entry) noexcept nogil:
         add_to(leaves, &quota.heap, entry)
 
 
-cdef void count_quota(leaves_t *leaves, int32_t entry, int64_t blocks) noexcept nogil:
-    """So many blocks more are cached under the salt of an entry."""
+cdef void add_to_quota(leaves_t *leaves, int32_t entry, int64_t blocks) noexcept nogil:
     cdef quota_t *quota = quota_of(leaves, leaves.salt[entry])
     if quota != NULL:
         quota.cached += blocks
