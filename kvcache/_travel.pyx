@@ -109,6 +109,11 @@ cdef class TravelCore(CacheCore):
         cdef Journey journey = self.journey_of(request_id)
         return None if journey is None else journey.transfer
 
+    def _is_moving(self, request_id):
+        """Whether it is on its way out or back."""
+        cdef Journey journey = self.journey_of(request_id)
+        return journey is not None and journey.moving
+
     def _is_live(self, Allocation record not None):
         """Whether the very sequence that was granted lives, suspended or not."""
         if CacheCore._is_live(self, record):
@@ -213,10 +218,9 @@ cdef class TravelCore(CacheCore):
         journey.moving = False
         if status != OK:
             self.forget(journey)
-            return False
         if self.watchers is not None:
             self.tell(journey.record.request_id)
-        return self.is_away(journey)
+        return status == OK and self.is_away(journey)
 
     cdef double calm_clock(self):
         """The clock's time; where it raises, calls are counted: what is on its way must come to an end."""

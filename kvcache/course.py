@@ -36,7 +36,10 @@ class Courses(Desk):
             if account is None:
                 account = self._account(tenant)
             if account.limited:
-                return None
+                _, limit = self._cache._measured(prompt, max_tokens, max_new_tokens)
+                if -(-limit // self._size) > account.room:
+                    self._drop_if_idle(account)
+                    return None
             allocation = self._cache._allocate_up_to(
                 request_id, prompt, max_tokens, max_new_tokens, None, self._keep, *kept
             )

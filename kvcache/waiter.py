@@ -317,7 +317,7 @@ class Returner(Waiter):
             raise Suspended(request_id=self.request_id)
         self.tokens, self.limit = cache.used_tokens(self.request_id), cache.limit(self.request_id)
         self.least = max(self.limit, 1)
-        self.first, self.total = -(-max(self.tokens, 1) // size), -(-self.least // size)
+        self.first = -(-max(self.tokens, 1) // size)
         lease = desk._live.get(self.request_id)
         self.priority = 0 if lease is None else lease.priority
         self.tenant = desk._account(None) if lease is None else lease._holder
@@ -332,9 +332,18 @@ class Returner(Waiter):
             desk._finish(self, error=UnknownSequence(request_id=self.request_id))
         elif not cache.is_suspended(self.request_id):  # back already
             desk._finish(self, lease=cache._bring_back(self.request_id, False))
+        else:
+            self.total = -(-self.least // desk._size)
+            if cache._is_moving(self.request_id):  # still, or again, on its way out: there will be a note
+                self.total = NEVER - 1
+            self.line.update(self)
 
     def attempt(self, desk):
-        return desk._cache._bring_back(self.request_id, self.recompute)
+        try:
+            return desk._cache._bring_back(self.request_id, self.recompute)
+        except Suspended:
+            self.look_again(desk)
+            return None
 
     def note_grant(self, desk, waited):
         self.tally.resumed += 1
