@@ -36,7 +36,7 @@ class Courses(Desk):
             if account is None:
                 account = self._account(tenant)
             if account.limited:
-                _, limit = self._cache._measured(prompt, max_tokens, max_new_tokens)
+                prompt, _, limit = self._cache._measured(prompt, max_tokens, max_new_tokens)
                 if -(-limit // self._size) > account.room:
                     self._drop_if_idle(account)
                     return None

@@ -219,9 +219,7 @@ class Waiters:
         while fitting:
             line = self.fairest(fitting, closed)
             found = line and line.first_that_fits(min(unclaimed, line.room), free)
-            if (
-                found and found.total > found.room
-            ):  # others hold some of its blocks, but its tenant pays for them
+            if found and found.total > found.room:  # its tenant also pays for what it shares
                 found = line.first_that_may(unclaimed, free)
             if found or line is None:
                 return found

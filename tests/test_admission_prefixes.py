@@ -293,3 +293,48 @@ def test_explain_of_the_queue_is_exact(cache, prompt, more, keep_free, tokens_of
     )
     less = queue.allocate("new", prompt, max_tokens=limit, tenant="t", strategy=Reduce(1))
     assert (less.max_tokens if less else 0) == answer.fitting_tokens
+
+
+def leave_nobody_who_fits(data, here):
+    cache, asked = here.cache, {}
+    for number in range(data.draw(st.integers(3, 12))):
+        live = list(cache)
+        step = data.draw(st.sampled_from(["ask", "ask", "free", "commit", "pin", "grow"]))
+        name = data.draw(st.sampled_from(live)) if live else None
+        if step == "ask" or not live:
+            prompt, tenant = data.draw(prompts), data.draw(st.sampled_from([None, "t"]))
+            tokens = prompt if isinstance(prompt, int) else len(prompt)
+            limit = min(tokens + data.draw(st.integers(0, 8)), 40)
+            asked[number] = prompt, max(limit, tokens), tenant
+            here.ask(number, prompt, max_tokens=max(limit, tokens), tenant=tenant)
+        elif step == "free":
+            here.free(name)
+        elif step == "commit":
+            cache.commit(name)
+        elif step == "pin":
+            cache.pin(name)
+        else:
+            cache.append_tokens(name, 2)
+        here.queue.poke()
+        here.settle()
+        waiting = [each for each in asked if each in here.queue]
+        if waiting:
+            prompt, limit, tenant = asked[waiting[0]]
+            assert not here.queue.explain(prompt, limit, tenant=tenant)
+        cache.check()
+    cache.clear_prefix_cache()
+    while len(cache):
+        here.free(next(iter(cache)))
+    assert len(here.queue) == 0
+
+
+@given(data=st.data())
+def test_nobody_who_came_first_and_fits_is_left_waiting(data):
+    cache = KVCache(1, 1, 2, SIZE * 12, SIZE, backend="none", placement="paged")
+    limits = {"t": TenantLimit(tokens=data.draw(st.sampled_from([28, 40])))}
+    keep_free = data.draw(st.sampled_from([0, 8]))
+    here = Crowd(cache, Wait(), keep_free=keep_free, tenants=limits, most_overtaken=3)
+    try:
+        leave_nobody_who_fits(data, here)
+    finally:
+        here.close()
