@@ -444,6 +444,31 @@ def test_the_same_calls_give_the_same_places_and_evictions(make_cache, placement
     assert first[2] > 20
 
 
+# ---- pins
+
+
+def test_a_pin_that_has_been_cleared_before_it_is_noted_is_no_pin(cache):
+    class Name:
+        clears = True
+
+        def __hash__(self):
+            if self.clears and cache.stats().pinned_blocks:
+                self.clears = False
+                cache.clear_prefix_cache()
+            return 1
+
+    name = Name()
+    run(cache, name, ids(8))
+    assert cache.pin(name) == 8
+    assert cache.stats().pinned_blocks == 0
+    leave(cache, ids(8))
+    assert cache.pin(tokens=ids(8)) == 8
+    assert cache.unpin(name) == 0
+    assert cache.stats().pinned_blocks == 2
+    assert cache.unpin(tokens=ids(8)) == 8
+    assert cache.stats().pinned_blocks == 0
+
+
 # ---- the clock
 
 
