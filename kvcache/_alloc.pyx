@@ -5,6 +5,7 @@ changes who holds which blocks.
 """
 
 from libc.stdint cimport int32_t, int64_t
+from libc.stdlib cimport free, malloc
 
 from kvcache._admit cimport admit
 from kvcache._calls cimport (
@@ -14,6 +15,7 @@ from kvcache._calls cimport (
     pool_fork_at,
 )
 from kvcache._door cimport new_record
+from kvcache._foresight cimport need_of, room_t, room_without
 from kvcache._ids cimport as_count, as_token, drop_ids, ids_t, is_count, read_ids
 from kvcache._lock cimport kv_lock_is_mine, kv_lock_try
 from kvcache._policy cimport read_clock
@@ -244,8 +246,8 @@ cdef class CacheCore(Prefixes):
         return self.enter(record) if self.answer(status, request_id) else None
 
     def _append_now(self, request_id, tokens):
-        """Growth, by a count or by ids, that does not wait: True or False, None where it would have to wait for a hold of
-        another thread.
+        """Growth, by a count or by ids, that does not wait: True or False, None where it would have to wait for a hold
+        of another thread.
         """
         cdef Allocation found = self.find(request_id)
         cdef handle_t handle = found.handle
@@ -273,6 +275,42 @@ cdef class CacheCore(Prefixes):
         if status == HELD and not mine:
             return None
         return self.answer(status, request_id)
+
+    def _record_of(self, request_id):
+        """The record of a sequence that lives, by which it is told from a later one of its name."""
+        return self.find(request_id)
+
+    def _growth_of(self, Allocation record not None, int64_t more):
+        """Of the very sequence that was granted: its tokens, its limit, and blocks that so many more tokens take, the
+        copy of a shared one included.
+        """
+        cdef int who = self.live(record)
+        cdef int64_t tokens = self.pool.space.hot[who].tokens, limit = self.pool.space.seqs[who].limit
+        cdef int64_t blocks = need_of(&self.pool, who, more)
+        pool_unlock(&self.pool)
+        return tokens, limit, blocks
+
+    def _room_without(self, list records not None):
+        """`_room` as it would be if these sequences had ended, and for each the blocks and the claims that it has a
+        part in: of what would come free, a block that several of them share is a part of each.
+        """
+        cdef int64_t count = len(records), index
+        cdef int64_t *parts = <int64_t *>malloc(max(count, <int64_t>1) * 2 * sizeof(int64_t))
+        cdef handle_t *handles = <handle_t *>malloc(max(count, <int64_t>1) * sizeof(handle_t))
+        cdef room_t room
+        try:
+            if parts == NULL or handles == NULL:
+                raise MemoryError(f"no memory to look at {count} sequences")
+            for index in range(count):
+                handles[index] = (<Allocation?>records[index]).handle
+            self.lock_pool()
+            room = room_without(&self.pool, handles, count, NULL, parts, &parts[count])
+            pool_unlock(&self.pool)
+            blocks = [parts[index] for index in range(count)]
+            return room.there, room.unclaimed, blocks, [parts[index] for index in range(count, 2 * count)]
+        finally:
+            free(parts)
+            free(handles)
 
     def _is_live(self, Allocation record not None):
         """Whether the very sequence that was granted lives, not another one of its name."""

@@ -12,6 +12,7 @@ from kvcache._lock cimport kv_lock, kv_lock_wait, kv_lock_wake, kv_thread
 from kvcache._pool cimport (
     BAD_COUNT,
     BELOW_USED,
+    BUSY,
     CLOSED,
     GONE,
     HELD,
@@ -151,7 +152,8 @@ cdef status_t pool_admit(pool_t *pool, request_t *request, handle_t *handle) noe
 
 cdef status_t admit_up_to(pool_t *pool, request_t *request, int64_t least, handle_t *handle) noexcept nogil:
     """Admission that lowers the limit to what may be promised, not below `least`."""
-    cdef int64_t size = pool.space.block_size
+    cdef int64_t size = pool.space.block_size, began
+    cdef status_t status
     cdef int64_t unclaimed = pool.budget - held_blocks(pool) - pool.claims
     if pool.closed:
         return CLOSED
@@ -161,7 +163,14 @@ cdef status_t admit_up_to(pool_t *pool, request_t *request, int64_t least, handl
             return NO_ROOM
         request.limit = min(request.limit, unclaimed * size)
     pool.pause = 0
-    return admit(pool, request, True, handle)
+    status = admit(pool, request, False, handle)
+    if status != BUSY and status != HELD:
+        return status
+    began = now()  # it has to move others
+    status = admit(pool, request, True, handle)
+    if status == OK:
+        note_latency(&pool.sight, now() - began)
+    return status
 
 
 cdef int64_t pool_probe(pool_t *pool, const request_t *request) noexcept nogil:

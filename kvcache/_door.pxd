@@ -39,6 +39,8 @@ cdef class Door:
 
     cdef Allocation find(self, object request_id)
     cdef bint knows(self, Allocation record) except -1
+    cdef bint is_away_now(self, object request_id) except -1
+    cdef bint is_here(self, object request_id) except -1
     cdef dict known(self)
     cdef Allocation enter(self, Allocation record)
     cdef int free_handle(self, handle_t handle, double when) except -1

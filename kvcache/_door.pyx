@@ -262,6 +262,20 @@ cdef class Door:
         pool_unlock(&self.pool)
         self.answer(STALE, found.request_id)
 
+    cdef bint is_away_now(self, object request_id) except -1:
+        """Whether the sequence of this id is suspended, or on its way."""
+        return self.away is not None and request_id in self.away
+
+    cdef bint is_here(self, object request_id) except -1:
+        """Whether the sequence of this id lives; then a handle of it that does not is of before it left."""
+        found = find_in(self.ids, request_id)
+        if found is None:
+            return False
+        self.lock_pool()
+        here = is_live(&self.pool, (<Allocation>found).handle)
+        pool_unlock(&self.pool)
+        return here
+
     # -- answers, and whoever watches for room
 
     cdef bint answer(self, status_t status, object request_id) except -1:
@@ -276,7 +290,7 @@ cdef class Door:
         if status == STALE:
             if self.pool.closed:
                 raise CacheClosed()
-            if self.away is not None and request_id in self.away:
+            if self.is_away_now(request_id) or (self.away is not None and self.is_here(request_id)):
                 raise Suspended(request_id=request_id)
             raise UnknownSequence(request_id=request_id)
         if status == HELD:

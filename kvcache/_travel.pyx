@@ -109,6 +109,11 @@ cdef class TravelCore(CacheCore):
         cdef Journey journey = self.journey_of(request_id)
         return None if journey is None else journey.transfer
 
+    def _is_moving(self, request_id):
+        """Whether it is on its way out or back."""
+        cdef Journey journey = self.journey_of(request_id)
+        return journey is not None and journey.moving
+
     def _is_live(self, Allocation record not None):
         """Whether the very sequence that was granted lives, suspended or not."""
         if CacheCore._is_live(self, record):
@@ -220,10 +225,9 @@ cdef class TravelCore(CacheCore):
         journey.moving = False
         if status != OK:
             self.forget(journey)
-            return False
         if self.watchers is not None:
             self.tell(journey.record.request_id)
-        return self.is_away(journey)
+        return status == OK and self.is_away(journey)
 
     cdef bint is_away(self, Journey journey) except -1:
         """Not, if it has been freed: after `moving` has ended, whoever frees it has it abandoned."""

@@ -224,10 +224,10 @@ class AllocationQueue(Courses):
 
     async def append_async(self, request_id, tokens=1, *, strategy=None):
         """As `append`, for tasks."""
-        waiter = self._grower(request_id, tokens, TaskSleeper())
         if self._cache._append_now(request_id, tokens):
             self.touch((request_id,))
             return True
+        waiter = self._grower(request_id, tokens, TaskSleeper())
         if waiter.is_past_limit:
             return self._refusal(waiter, "never_fits")
         stages = self._stages if strategy is None else stages_of(strategy, self._cache)

@@ -36,7 +36,10 @@ class Courses(Desk):
             if account is None:
                 account = self._account(tenant)
             if account.limited:
-                return None
+                _, limit = self._cache._measured(prompt, max_tokens, max_new_tokens)
+                if -(-limit // self._size) > account.room:
+                    self._drop_if_idle(account)
+                    return None
             allocation = self._cache._allocate_up_to(
                 request_id, prompt, max_tokens, max_new_tokens, None, self._keep, *kept
             )
@@ -250,7 +253,8 @@ class Courses(Desk):
             if choice == "priority":
                 leases = [each for each in leases if each.priority < waiter.priority]
                 leases.sort(key=lambda lease: lease.priority)
-            if not leases or not self._is_enough(waiter, leases):
+            leases = self._of_use(waiter, leases)
+            if not leases:
                 return None
             if not callable(choice):
                 leases[0]._leaving = True
@@ -263,10 +267,25 @@ class Courses(Desk):
             lease._leaving or lease.request_id == waiter.request_id or self._cache._is_away(lease.allocation)
         )
 
-    def _is_enough(self, waiter, leases):
-        _, unclaimed = self._cache._room()
-        more = sum([each._blocks for each in leases])
-        return waiter.total <= min(unclaimed + more, waiter.room)
+    def _of_use(self, waiter, leases):
+        """Of these, those whose end would help; nobody where all of them together would not be enough.
+
+        Where the tenant's own limit is in the way, that is the tenant's own, until that is no longer so.
+        """
+        cache, first = self._cache, waiter.measure(self)
+        free, unclaimed = cache._room()
+        more_free, more_unclaimed, blocks, claims = cache._room_without([each.allocation for each in leases])
+        own = [each for each in leases if each._holder is waiter.tenant]
+        if first > more_free or waiter.total > min(more_unclaimed, waiter.room_without(own)):
+            return []
+        if waiter.total > waiter.room:
+            return own
+        short, promised = first > free, waiter.total > unclaimed
+        return [
+            lease
+            for lease, there, claimed in zip(leases, blocks, claims, strict=True)
+            if (short and there) or (promised and there + claimed)
+        ]
 
     def _chosen(self, choose, leases):
         request_id = choose(list(leases))

@@ -245,7 +245,7 @@ class Desk:
         if not granted:
             if granted is not None:
                 self._blocked = waiter
-            return False
+            return waiter.done
         self._finish(waiter, lease=granted)
         if line is not None:
             self._waiters.note_grant(waiter)

@@ -67,8 +67,8 @@ class CacheStats(NamedTuple):
         content (nothing is lost then), `clear_prefix_cache` said so.
     admission_latencies : tuple of int
         Admissions by how long they took: for each of `LATENCY_BOUNDS` those within it and beyond the one before, then
-        those beyond the last. Who was admitted at once, without a wait or a move, is not timed and counted as
-        within the first bound.
+        those beyond the last. Who was admitted at once, without a wait, a move or a copy, is not timed and counted
+        as within the first bound.
     admission_seconds : float
         What those that were timed took, together.
     mlx_active_bytes, mlx_peak_bytes, mlx_cache_bytes : int

@@ -66,6 +66,14 @@ class Waiter:
         """Blocks that it may have for all that its tenant has."""
         return NEVER
 
+    def room_without(self, leases):
+        """What `room` would be without these sequences of its tenant."""
+        return NEVER
+
+    def measure(self, desk):
+        """Blocks that have to be free for it now, those that would stay free included."""
+        return self.first
+
     def look_again(self, desk):
         """Something has become of its id while it was in its line."""
 
@@ -109,6 +117,15 @@ class Newcomer(Waiter):
     @property
     def room(self):
         return self.tenant.room
+
+    def room_without(self, leases):
+        account = self.tenant
+        if account.sequences - len(leases) >= account.most_sequences:
+            return -1
+        return account.most_blocks - account.blocks + sum([each._blocks for each in leases])
+
+    def measure(self, desk):
+        return self.first + desk._keep
 
     def come(self, desk, tenant, stages):
         """Takes its place, unless it can never be granted."""
@@ -187,19 +204,28 @@ class Grower(Waiter):
         Of the sequence.
     """
 
-    __slots__ = ("more",)
+    __slots__ = ("more", "record")
 
     def __init__(self, request_id, sleeper, cache, more, priority):
         super().__init__(request_id, sleeper)
-        size = cache.spec.block_size
         self.more, self.tokens = more, count_of(more)
-        self.limit, self.least = cache.limit(request_id), cache.used_tokens(request_id) + self.tokens
-        self.first = max(-(-self.least // size) - cache.capacity(request_id) // size, 1)
+        self.record = cache._record_of(request_id)
         self.priority = priority
+        self.look(cache)
+
+    def look(self, cache):
+        """What it needs now: its sequence may have grown, been cut, or let go of by others, since it came."""
+        used, self.limit, self.first = cache._growth_of(self.record, min(self.tokens, NEVER))
+        self.least = used + self.tokens
 
     @property
     def is_past_limit(self):
         return self.least > self.limit
+
+    def measure(self, desk):
+        with suppress(KVCacheError):  # freed since, or suspended: its attempt will tell
+            self.look(desk._cache)
+        return self.first
 
     def come(self, desk, tenant, stages):
         lease = desk._live.get(self.request_id)
@@ -208,7 +234,13 @@ class Grower(Waiter):
 
     def attempt(self, desk):
         granted = desk._cache._append_now(self.request_id, self.more)
-        return False if granted is None else granted or None
+        if granted is None:
+            return False
+        if not granted:
+            self.look(desk._cache)
+            if self.is_past_limit:  # which has been lowered, or used up by others
+                desk._finish(self, reason="never_fits")
+        return granted or None
 
     def note_grant(self, desk, waited):
         self.tally.grown += 1
@@ -252,7 +284,7 @@ class Returner(Waiter):
             raise Suspended(request_id=self.request_id)
         self.tokens, self.limit = cache.used_tokens(self.request_id), cache.limit(self.request_id)
         self.least = max(self.limit, 1)
-        self.first, self.total = -(-max(self.tokens, 1) // size), -(-self.least // size)
+        self.first = -(-max(self.tokens, 1) // size)
         lease = desk._live.get(self.request_id)
         self.priority = 0 if lease is None else lease.priority
         self.tenant = desk._account(None) if lease is None else lease._holder
@@ -267,9 +299,18 @@ class Returner(Waiter):
             desk._finish(self, error=UnknownSequence(request_id=self.request_id))
         elif not cache.is_suspended(self.request_id):  # back already
             desk._finish(self, lease=cache._bring_back(self.request_id, False))
+        else:
+            self.total = -(-self.least // desk._size)
+            if cache._is_moving(self.request_id):  # still, or again, on its way out: there will be a note
+                self.total = NEVER - 1
+            self.line.update(self)
 
     def attempt(self, desk):
-        return desk._cache._bring_back(self.request_id, self.recompute)
+        try:
+            return desk._cache._bring_back(self.request_id, self.recompute)
+        except Suspended:
+            self.look_again(desk)
+            return None
 
     def note_grant(self, desk, waited):
         self.tally.resumed += 1

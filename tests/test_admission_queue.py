@@ -584,6 +584,37 @@ def test_a_tenant_has_no_more_sequences_than_it_may(crowd):
     assert here.answer("b")
 
 
+@pytest.mark.parametrize("size", [{"max_tokens": 12}, {"max_new_tokens": 7}])
+def test_a_tenant_within_its_limit_is_granted_without_a_place_in_a_line(make_cache, monkeypatch, size):
+    queue = AllocationQueue(make_cache(), Reject(), tenants={"t": TenantLimit(tokens=24, sequences=2)})
+    with monkeypatch.context() as patch:
+        patch.setattr(queue, "_submit", None)
+        leases = [queue.allocate(name, 5, tenant="t", **size) for name in "ab"]
+    assert [lease.max_tokens for lease in leases] == [12, 12]
+    assert queue._accounts["t"].blocks == 6
+    assert queue.allocate("c", 1, tenant="t").reason == "tenant_limit"
+
+
+def test_a_limit_is_counted_in_whole_blocks_before_the_cache_is_asked(make_cache, monkeypatch):
+    cache = make_cache()
+    queue = AllocationQueue(cache, Reject(), tenants={"t": TenantLimit(tokens=24)})
+    assert queue.allocate("a", 5, max_tokens=14, tenant="t")
+    monkeypatch.setattr(cache, "_allocate_up_to", None)
+    for size in ({"max_tokens": 9}, {"max_new_tokens": 4}):
+        refusal = queue.allocate("b", 5, tenant="t", **size)
+        assert (refusal.reason, refusal.blocks_needed, refusal.blocks_missing) == ("tenant_limit", 3, 1)
+    assert "b" not in cache
+
+
+def test_bad_sizes_of_a_tenant_with_a_limit_raise_and_leave_no_account(make_cache):
+    queue = AllocationQueue(make_cache(), Wait(), tenant_limit=TenantLimit(sequences=1))
+    with pytest.raises(RequestTooLarge):
+        queue.allocate("a", 65, tenant="t")
+    with pytest.raises(ValueError):
+        queue.allocate("a", 8, max_tokens=4, tenant="t")
+    assert "t" not in queue._accounts
+
+
 def test_a_share_is_of_the_arena(crowd):
     here = crowd(Reject(), tenants={"t": TenantLimit(share=0.25)})
     assert here.ask("a", 16, tenant="t")

@@ -88,6 +88,7 @@ RANKS = {
     "_copy": 1,
     "_door": 1,
     "_evict": 1,
+    "_foresight": 1,
     "_ids": 1,
     "_index": 1,
     "_journal": 1,

@@ -400,6 +400,34 @@ def test_what_was_there_once_is_missed_as_evicted(cache):
     assert (cache.stats().misses_evicted, cache.stats().evictions_room) == (1, 2)
 
 
+def test_an_evicted_end_is_not_found_while_its_tokens_still_lie_there(cache):
+    leave(cache, ids(32))
+    assert cache.allocate_for("counted", 36)  # 9 of 16 blocks: one makes room, and gets no tokens
+    assert (cache.stats().evictions_room, cache.probe(ids(33))) == (1, 28)
+    run(cache, "again", ids(28))
+    assert cache.probe(ids(33)) == 28
+
+
+def test_what_was_entered_next_is_found_after_its_own_beginning_alone(cache):
+    one, other, rest = ids(4), ids(4, 100), ids(4, 200)
+    leave(cache, other)
+    leave(cache, one)
+    leave(cache, other + rest)
+    assert (cache.probe(one + rest + [0]), cache.probe(other + rest + [0])) == (4, 8)
+
+
+def test_conversations_that_grow_in_turns_are_found_whole(cache):
+    prompts = {name: ids(28, 100 * name) for name in (1, 2)}
+    for name in prompts:
+        run(cache, name, prompts[name][:4], max_tokens=28)
+    for at in range(4, 28, 4):
+        for name in prompts:
+            cache.append_tokens(name, prompts[name][at : at + 4])
+            fill(cache, name, prompts[name][: at + 4], start=at)
+    assert [cache.probe([*prompts[name], 0]) for name in prompts] == [28, 28]
+    assert cache.probe(prompts[1][:8] + prompts[2][8:]) == 8
+
+
 def test_a_probe_leaves_no_trace(cache):
     leave(cache, ids(8))
     before = cache.stats()

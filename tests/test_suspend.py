@@ -611,19 +611,19 @@ def test_staging_that_a_store_does_not_give_back_is_full_now(cache, impatient):
 
 def test_the_default_store_is_full_rather_than_forgetful(cache):
     data, ends = {}, {}
-    for name in range(20):  # of 16 tokens: two chunks, of the 16 that there is room for
+    for name in range(20):  # of 16 tokens, 40 KiB in two chunks; there is room for 384 KiB
         if cache.allocate_for(name, 16) is None:
             break
         data[name] = fill(cache, name, name)
         transfer = cache.suspend(name)
         assert transfer.wait(SOON)
         ends[name] = transfer.reason
-    assert list(ends.values()) == [None] * 8 + ["full"] * 4
+    assert list(ends.values()) == [None] * 9 + ["full"] * 4
     for name, reason in ends.items():
         if reason == "full":
             np.testing.assert_array_equal(contents(cache, name), data[name])
             assert cache.free_for(name)
-    for name in range(8):
+    for name in range(9):
         resumed(cache, name)
         np.testing.assert_array_equal(contents(cache, name), data[name])
         assert cache.free_for(name)
