@@ -283,6 +283,22 @@ def test_a_counted_prompt_that_is_named_is_found(cache):
     assert run(cache, "other", [*ids(8), 1]).cached_tokens == 8
 
 
+def test_what_a_fork_that_has_gone_has_named_keeps_its_name(make_cache):
+    cache = make_cache(placement="paged")
+    cache.allocate_for("a", 8)
+    cache.commit("a")
+    cache.fork("a", "b")
+    cache.set_tokens("a", ids(1))
+    cache.set_tokens("b", ids(8))
+    cache.free_for("b")
+    with unchanged(cache), pytest.raises(ValueError, match="another id already"):
+        cache.set_tokens("a", [9])
+    assert cache.probe([*ids(8), 1]) == 8
+    cache.set_tokens("a", ids(7, 1))
+    cache.free_for("a")
+    assert cache.probe([*ids(8), 1]) == 8
+
+
 def test_a_counted_prompt_that_is_named_is_found_under_its_salt_alone(cache):
     cache.allocate_for("live", 8, salt="ours")
     fill(cache, "live", ids(8))
