@@ -182,15 +182,17 @@ cdef class CacheCore(Prefixes):
 
     def free_for(self, request_id):
         """Ends a sequence: True if it was live, False if unknown, so that a second free is safe."""
+        cdef double when
         if not self.opened:
             return False
         found = self.ids.pop(request_id, None)
         if found is None:
             return False
         try:
+            when = self.read_clock()
             if unlikely(self.away is not None):
-                self.left(<Allocation>found)
-            self.free_handle((<Allocation>found).handle)
+                self.left(<Allocation>found, when)
+            self.free_handle((<Allocation>found).handle, when)
         except BaseException:  # no memory, or a clock that fails: nothing has been given back
             self.ids.setdefault(request_id, found)
             raise

@@ -50,27 +50,6 @@ from kvcache.errors import (
     UnknownSequence,
 )
 
-cdef extern from *:
-    """
-    /* dict.get that never borrows: without a GIL another thread may let go of the value at any time. */
-    static inline PyObject *kv_find_in(PyObject *dict, PyObject *key)
-    {
-    #if PY_VERSION_HEX >= 0x030D0000
-        PyObject *value;
-        if (PyDict_GetItemRef(dict, key, &value) < 0)
-            return NULL;
-    #else
-        PyObject *value = PyDict_GetItemWithError(dict, key);
-        if (!value && PyErr_Occurred())
-            return NULL;
-        Py_XINCREF(value);
-    #endif
-        return value ? value : Py_NewRef(Py_None);
-    }
-    """
-    object find_in "kv_find_in" (dict where, object key)
-
-
 cdef enum:
     MOST_PRIORITY = 1000000000
 
@@ -229,18 +208,18 @@ cdef class Door:
         try:
             known = self.ids.setdefault(record.request_id, record)
         except BaseException:
-            self.free_handle(record.handle)
+            self.free_handle(record.handle, self.calm_clock())
             raise
         if known is not record:  # another thread, or the id's own __eq__, came first
-            self.free_handle(record.handle)
+            self.free_handle(record.handle, self.calm_clock())
             raise SequenceExists(request_id=record.request_id)
         if self.pool.closed:
             self.ids.clear()
             raise CacheClosed()
         return record
 
-    cdef int free_handle(self, handle_t handle) except -1:
-        cdef double when = self.read_clock()
+    cdef int free_handle(self, handle_t handle, double when) except -1:
+        """Ends a sequence at that time of the clock; it raises before anything is given back."""
         cdef status_t status
         if kv_lock_try(&self.pool.lock):
             status = retire(&self.pool, handle, when)
@@ -254,8 +233,8 @@ cdef class Door:
             raise MemoryError("no memory to give blocks back under a hold")
         return 0
 
-    cdef int left(self, Allocation record) except -1:
-        """Its id is known no more: whoever keeps something of it elsewhere lets go."""
+    cdef int left(self, Allocation record, double when) except -1:
+        """Its id is known no more: whoever keeps something of it elsewhere lets go, or raises and has not."""
         return 0
 
     # -- the lock, and who waits for it
@@ -409,15 +388,22 @@ cdef class Door:
         """The clock's time, not a number where calls are counted. Never under the lock: it is the user's."""
         return NAN if self.clock is None else <double>self.clock()
 
+    cdef double calm_clock(self):
+        """The clock's time; where it raises, calls are counted: what has begun must come to an end."""
+        try:
+            return self.read_clock()
+        except Exception:
+            return NAN
+
     cdef int32_t salt_of(self, object salt) except -1:
         """The number of a salt. Equal are those of one type and value."""
         cdef int64_t most = 2 * self.pool.space.blocks.num_blocks + 1024
         if salt is None:
             return 0
         key = (type(salt), salt)
-        number = self.limited.get(key)
+        number = find_in(self.limited, key)
         if number is None:
-            number = self.salts.get(key)
+            number = find_in(self.salts, key)
             if number is None:
                 self.lock_pool()
                 self.last_salt += 1
@@ -428,7 +414,10 @@ cdef class Door:
                 self.salts.pop(key, None)
                 number = self.salts.setdefault(key, number)
         while len(self.salts) > most:  # more than there are blocks: the longest unused has nothing that is found
-            self.salts.pop(next(iter(self.salts)), None)
+            try:
+                self.salts.pop(next(iter(self.salts)), None)
+            except (RuntimeError, StopIteration):  # without a GIL another thread may come between the two
+                continue
         return number
 
     cdef int ask(self, request_t *request, object salt, object priority, object ttl) except -1:

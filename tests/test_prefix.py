@@ -283,6 +283,22 @@ def test_a_counted_prompt_that_is_named_is_found(cache):
     assert run(cache, "other", [*ids(8), 1]).cached_tokens == 8
 
 
+def test_what_a_fork_that_has_gone_has_named_keeps_its_name(make_cache):
+    cache = make_cache(placement="paged")
+    cache.allocate_for("a", 8)
+    cache.commit("a")
+    cache.fork("a", "b")
+    cache.set_tokens("a", ids(1))
+    cache.set_tokens("b", ids(8))
+    cache.free_for("b")
+    with unchanged(cache), pytest.raises(ValueError, match="another id already"):
+        cache.set_tokens("a", [9])
+    assert cache.probe([*ids(8), 1]) == 8
+    cache.set_tokens("a", ids(7, 1))
+    cache.free_for("a")
+    assert cache.probe([*ids(8), 1]) == 8
+
+
 def test_a_counted_prompt_that_is_named_is_found_under_its_salt_alone(cache):
     cache.allocate_for("live", 8, salt="ours")
     fill(cache, "live", ids(8))
@@ -470,6 +486,31 @@ def test_the_same_calls_give_the_same_places_and_evictions(make_cache, placement
     assert course() == first
     assert first[1] > 20
     assert first[2] > 20
+
+
+# ---- pins
+
+
+def test_a_pin_that_has_been_cleared_before_it_is_noted_is_no_pin(cache):
+    class Name:
+        clears = True
+
+        def __hash__(self):
+            if self.clears and cache.stats().pinned_blocks:
+                self.clears = False
+                cache.clear_prefix_cache()
+            return 1
+
+    name = Name()
+    run(cache, name, ids(8))
+    assert cache.pin(name) == 8
+    assert cache.stats().pinned_blocks == 0
+    leave(cache, ids(8))
+    assert cache.pin(tokens=ids(8)) == 8
+    assert cache.unpin(name) == 0
+    assert cache.stats().pinned_blocks == 2
+    assert cache.unpin(tokens=ids(8)) == 8
+    assert cache.stats().pinned_blocks == 0
 
 
 # ---- the clock
