@@ -486,6 +486,21 @@ def test_waiting_inside_a_hold_of_ones_own_raises(make_cache):
     assert len(queue) == 0
 
 
+def test_who_has_grown_in_a_batch_is_evicted_after_those_that_have_not(make_cache):
+    cache = make_cache()
+    queue = AllocationQueue(cache, Evict())
+    for name in "abc":
+        queue.allocate(name, 8, max_tokens=20)
+    batch = cache.batch(["a", "b"])
+    batch.append()
+    assert queue.allocate("d", 8, max_tokens=20)
+    assert list(cache) == ["a", "b", "d"]
+    batch.append(counts=[0, 1])
+    assert queue.allocate("e", 8, max_tokens=20)
+    assert list(cache) == ["b", "d", "e"]
+    cache.check()
+
+
 def test_nobody_is_evicted_inside_a_hold_of_ones_own(make_cache):
     cache = make_cache()
     queue = AllocationQueue(cache, Evict())

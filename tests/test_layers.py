@@ -29,6 +29,7 @@ RANKS = {
     "desk": 4,
     "lease": 4,
     "sleepers": 4,
+    "victims": 4,
     "waiter": 4,
     "demo": 4,
     "demo_view": 4,
