@@ -17,13 +17,16 @@ from matplotlib.ticker import FuncFormatter
 from prometheus_client import CollectorRegistry
 from promql import Query, Scrapes
 
-from kvcache import KVCache, metrics
+from kvcache import KVCache, UnknownSequence, metrics
 from kvcache.admission import AllocationQueue, Evict, TenantLimit, Wait
 
 DASHBOARD = Path(__file__).parent / "grafana" / "kvcache.json"
 SEED = 3
 STEP, SCRAPE, HOUR = 0.5, 15.0, 3600.0  # seconds
 TOKENS_A_STEP = 12
+VOCABULARY = 32_000
+SYSTEM_TOKENS = {"free": 384, "paying": 768}  # that the prompts of a tenant begin with
+MOST_TOKENS = 6000  # of a conversation
 VARIABLES = {"cache": ".*", "__rate_interval": "60s"}
 COLOURS = {"green": "#56a64b", "orange": "#ff9830", "red": "#e02f44"}
 GROUND, PANEL, INK = "#111217", "#181b1f", "#ccccdc"
@@ -32,12 +35,12 @@ PREFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 class Service:
-    """Clients of two tenants before a cache, with a rush in the second half of the hour."""
+    """Clients of two tenants who talk in turns before a cache, with a rush in the second half of the hour."""
 
     def __init__(self):
         self.now = 0.0
         self.random = np.random.default_rng(SEED)
-        self.cache = KVCache(4, 4, 64, 32_768, 16, backend="none", overcommit=1.5, max_move_tokens=2048)
+        self.cache = KVCache(2, 2, 64, 65_536, 16, overcommit=1.5, max_move_tokens=2048)
         self.queue = AllocationQueue(
             self.cache,
             Wait(15.0) | Evict("priority"),
@@ -51,54 +54,97 @@ class Service:
         self.registry, self.scrapes = CollectorRegistry(), Scrapes()
         metrics.register(self.cache, "main", self.registry)
         self.tasks = set()
-        self.came = 0
+        self.turns = self.pinned = 0
+        self.systems = {tenant: self.ids(tokens) for tenant, tokens in SYSTEM_TOKENS.items()}
 
-    def run(self):
-        """The hour."""
-        for step in range(int(HOUR / STEP)):
-            self.now = step * STEP
+    def run(self, until=HOUR):
+        """The hour, or what is left of it."""
+        while self.now < until:
             for _ in range(self.random.poisson(STEP * self.rate())):
-                task = self.loop.create_task(self.client(self.came))
+                task = self.loop.create_task(self.client())
                 self.tasks.add(task)
                 task.add_done_callback(self.tasks.discard)
-                self.came += 1
             self.queue.poke()
             for _ in range(3):
                 self.loop.run_until_complete(asyncio.sleep(0))
             if self.now % SCRAPE == 0:
                 self.scrapes.take(self.now, self.registry)
+            self.now += STEP
+
+    def close(self):
+        """All clients go."""
         for task in self.tasks:
             task.cancel()
         self.loop.run_until_complete(asyncio.sleep(0))
         self.loop.close()
-        return self.scrapes
+        self.cache.close()
 
     def rate(self):
-        """Requests per second."""
-        return 2.0 + 0.5 * np.sin(self.now / 400) + (1.0 if 1900 < self.now < 2500 else 0)
+        """New conversations per second."""
+        return 0.6 + 0.15 * np.sin(self.now / 400) + (0.8 if 1900 < self.now < 2500 else 0)
 
-    async def client(self, name):
-        prompt = int(min(self.random.lognormal(6.3, 0.8), 4000)) + 1
-        answer = int(min(self.random.lognormal(5.0, 0.7), 1500)) + 1
+    def ids(self, tokens):
+        return self.random.integers(0, VOCABULARY, tokens, dtype=np.int32)
+
+    def some(self, middle, spread, most):
+        return int(min(self.random.lognormal(middle, spread), most)) + 1
+
+    async def client(self):
+        """Asks, reads the answer, thinks, and asks again, with all that has been said before."""
         tenant, priority = ("free", 0) if self.random.random() < 0.4 else ("paying", 1)
-        patience = self.random.exponential(120)
-        came = self.now
-        task = asyncio.current_task()
+        said = self.systems[tenant]
+        for _ in range(int(self.random.geometric(0.3))):
+            said = np.concatenate([said, self.ids(self.some(5.0, 0.9, 3000))])
+            answer = self.ids(self.some(5.0, 0.7, 1500))
+            if len(said) + len(answer) > MOST_TOKENS:
+                return
+            try:
+                if not await self.turn(said, answer, tenant, priority):
+                    return
+            except UnknownSequence:
+                return  # evicted
+            said = np.concatenate([said, answer])
+            await self.sleep(self.random.exponential(25))
+
+    async def turn(self, prompt, answer, tenant, priority):
+        """Whether the client got all of the answer."""
+        self.turns += 1
+        name = f"req_{self.turns:04}"
+        patience, pauses = self.random.exponential(120), self.random.random() < 0.02
         if patience < 60:
-            self.loop.call_soon(self.hang_up, task, name, came + patience)
-        limit = prompt + max(answer, 512)
+            self.loop.call_soon(self.hang_up, asyncio.current_task(), name, self.now + patience)
+        limit = len(prompt) + max(len(answer), 512)
         async with self.queue.allocate_async(
             name, prompt, max_tokens=limit, tenant=tenant, priority=priority
         ) as lease:
-            while lease and answer > 0 and name in self.cache:
-                now = self.now
-                while self.now == now:
-                    await asyncio.sleep(0)
-                if name not in self.cache or not await self.queue.append_async(
-                    name, min(answer, TOKENS_A_STEP)
-                ):
-                    break
-                answer -= TOKENS_A_STEP
+            if not lease:
+                return False
+            self.cache.commit(name)
+            self.pinned = self.pinned or self.cache.pin(tokens=self.systems["paying"])
+            for start in range(0, len(answer), TOKENS_A_STEP):
+                await self.sleep(STEP)
+                if pauses and start > len(answer) // 2:  # for a tool
+                    pauses = await self.pause(name)
+                part = answer[start : start + TOKENS_A_STEP]
+                if not await self.queue.append_async(name, part):
+                    return False
+                self.cache.commit(name)
+        return True
+
+    async def pause(self, name):
+        """The sequence makes way for a while."""
+        self.cache.suspend(name).wait()
+        await self.sleep(self.random.exponential(30))
+        while (transfer := self.cache.resume(name)) is None:
+            await self.sleep(STEP)
+        transfer.wait()
+        return False
+
+    async def sleep(self, seconds):
+        """By the clock of the hour."""
+        until = self.now + seconds
+        while self.now < until:
+            await asyncio.sleep(0)
 
     def hang_up(self, task, name, when):
         """Cancels a client who has waited long enough, if it still waits."""
@@ -118,7 +164,7 @@ def told(value, unit):
     if unit == "percentunit":
         return f"{value:.0%}"
     if unit == "s" and value:
-        for size, name in ((1, "s"), (1e-3, "ms"), (1e-6, "µs")):
+        for size, name in ((1, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns")):
             if abs(value) >= size:
                 return f"{value / size:.3g} {name}"
     end = {"bytes": "B", "Bps": "B/s", "cps": "/s", "s": "s"}.get(unit, "")
@@ -159,7 +205,7 @@ def draw_lines(axes, panel, scrapes):
     """Everything over time; what never has a value but 0 is left out of a crowded legend."""
     unit = panel["fieldConfig"]["defaults"]["unit"]
     shown = list(series_of(panel, scrapes))
-    if len(shown) > 6:
+    if len(shown) > 4:
         shown = [each for each in shown if np.nanmax(np.nan_to_num(each[1])) > 0]
     minutes = np.array(scrapes.times) / 60
     for (name, values), colour in zip(shown, LINES * 4, strict=False):
@@ -170,11 +216,11 @@ def draw_lines(axes, panel, scrapes):
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: told(value, unit)))
     axes.grid(color="#2c3235", linewidth=0.5)
     if not shown:
-        axes.text(0.5, 0.5, "all 0", transform=axes.transAxes, ha="center", fontsize=7, color=INK)
+        axes.text(0.5, 0.5, "all 0", transform=axes.transAxes, ha="center", fontsize=8, color=INK)
         return
     axes.legend(
-        loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, fontsize=5.5, frameon=False, labelcolor=INK,
-        handlelength=1, columnspacing=1,
+        loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, fontsize=7.5, frameon=False, labelcolor=INK,
+        handlelength=1.2, columnspacing=1.2,
     )  # fmt: skip
 
 
@@ -194,8 +240,8 @@ def draw(file, dashboard, scrapes):
             ),
             facecolor=PANEL,
         )
-        axes.set_title(panel["title"], loc="left", fontsize=8, color=INK)
-        axes.tick_params(colors=INK, labelsize=6, length=0)
+        axes.set_title(panel["title"], loc="left", fontsize=9.5, color=INK)
+        axes.tick_params(colors=INK, labelsize=7.5, length=0)
         axes.spines[:].set_visible(False)
         (draw_lines if panel["type"] == "timeseries" else draw_number)(axes, panel, scrapes)
     figure.savefig(file, dpi=80, facecolor=GROUND)
@@ -203,8 +249,11 @@ def draw(file, dashboard, scrapes):
 
 
 if __name__ == "__main__":
+    service = Service()
+    service.run()
+    service.close()
     draw(
         Path(sys.argv[1]) / "dashboard.png",
         json.loads(DASHBOARD.read_text(encoding="utf-8")),
-        Service().run(),
+        service.scrapes,
     )

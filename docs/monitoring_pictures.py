@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from dashboard_picture import Service
 from matplotlib.image import imsave
 from rich.console import Console
 
@@ -17,16 +18,14 @@ SEED = 0
 WIDTH = 100  # columns
 SCALE = 10  # pixels a block
 STEPS = 400
+RUSH = 1900.0  # seconds into the hour of the dashboard
 
 
-def lived_in(placement):
-    """A cache with traffic behind it, and a snapshot from a second before the end."""
+def lived_in():
+    """A cache with traffic behind it."""
     random = np.random.default_rng(SEED)
-    cache = KVCache(4, 4, 64, 16_384, 16, placement=placement, backend="none")
-    last = None
+    cache = KVCache(4, 4, 64, 16_384, 16, placement="paged", backend="none")
     for step in range(STEPS):
-        if step == STEPS - 40:
-            last = snapshot(cache)
         prompt = int(random.lognormal(5.5, 0.8)) + 1
         cache.allocate_for(f"req_{step:03}", prompt, max_new_tokens=int(random.integers(32, 512)))
         batch = cache.batch(list(cache))
@@ -35,12 +34,23 @@ def lived_in(placement):
         for name in list(cache):
             if random.random() < 0.045:
                 cache.free_for(name)
-    return cache, last
+    return cache
+
+
+def look_at(service):
+    return snapshot(service.cache) | {"seconds": service.now}
 
 
 def draw_top(file):
-    cache, last = lived_in("contiguous")
-    now = snapshot(cache) | {"seconds": last["seconds"] + 1.0}  # the steps above took no time
+    """The service of the dashboard, in its rush, when some wait and something is cached."""
+    service = Service()
+    service.run(RUSH)
+    last = now = look_at(service)
+    while now["stats"]["waiting_requests"] < 4 or now["stats"]["cached_blocks"] < 200:
+        last = now
+        service.run(service.now + 1.0)
+        now = look_at(service)
+    service.close()
     console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True)
     console.print(frame(now, last, WIDTH))
     svg = console.export_svg(title="$ kvcache top 127.0.0.1:9400", unique_id="kvcache-top")
@@ -48,13 +58,15 @@ def draw_top(file):
 
 
 def draw_map(file):
-    cache, _ = lived_in("paged")
+    cache = lived_in()
     oldest, second, *_ = cache
     cache.fork(second, "fork")
-    prompt = list(range(640))
-    cache.allocate_for("known", prompt)
-    cache.commit("known")
-    cache.free_for("known")
+    for name, first in (("kept", 0), ("known", 1000)):
+        cache.allocate_for(name, list(range(first, first + 640)))
+        cache.commit(name)
+        if name == "kept":
+            cache.pin(name)
+        cache.free_for(name)
     with cache.hold():
         cache.free_for(oldest)
         image = cache.block_map_image(width=64)

@@ -103,7 +103,6 @@ cdef void begin(pool_t *pool, int32_t who, request_t *request, int64_t hits, int
     """A sequence that has its blocks: what is known of it, what was found, what it may still ask for."""
     cdef seq_t *seq = &pool.space.seqs[who]
     cdef int64_t size = pool.space.block_size, index
-    cdef int32_t entry
     request.cached = hits * size
     pool.claims += ceil_div(request.limit, size) - ceil_div(request.tokens, size)
     seq.salt, seq.priority = request.salt, request.priority
@@ -111,10 +110,9 @@ cdef void begin(pool_t *pool, int32_t who, request_t *request, int64_t hits, int
     if request.ids != NULL:
         seq.known, seq.indexed = <int32_t>(hits * size), <int32_t>hits
         for index in range(hits - 1, -1, -1):
-            entry = entry_at(&pool.index, block_at(pool, who, index))
-            touch(&pool.policy, &pool.index, entry, HIT, index, most)
+            touch(&pool.policy, &pool.index, pool.found[index], HIT, index, most)
             if seq.priority:
-                prefer(&pool.index.leaves, entry, seq.priority, seq.expires)
+                prefer(&pool.index.leaves, pool.found[index], seq.priority, seq.expires)
         raise_marks(pool, who, hits * size)
         note_ids(pool, who, hits * size, &request.ids[hits * size], request.tokens - hits * size)
     refresh(pool, who)

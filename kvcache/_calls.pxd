@@ -2,6 +2,7 @@
 
 from libc.stdint cimport int32_t, int64_t
 
+from kvcache._pins cimport pin_t
 from kvcache._pool cimport handle_t, pool_t, request_t, status_t
 
 cdef status_t pool_allocate(pool_t *pool, int64_t tokens, int64_t limit, handle_t *handle) noexcept nogil
@@ -9,8 +10,8 @@ cdef status_t pool_admit(pool_t *pool, request_t *request, handle_t *handle) noe
 cdef request_t counted(int64_t tokens, int64_t limit) noexcept nogil
 cdef status_t admit_up_to(pool_t *pool, request_t *request, int64_t least, handle_t *handle) noexcept nogil
 cdef status_t pool_pin(pool_t *pool, handle_t handle, int32_t salt, const int32_t *ids, int64_t count,
-                       int64_t *blocks, int32_t *last) noexcept nogil
-cdef status_t pool_unpin(pool_t *pool, int32_t last) noexcept nogil
+                       int64_t *blocks, pin_t *pin) noexcept nogil
+cdef status_t pool_unpin(pool_t *pool, pin_t pin) noexcept nogil
 cdef status_t pool_clear(pool_t *pool) noexcept nogil
 cdef status_t pool_limit_salt(pool_t *pool, int32_t salt, int64_t blocks) noexcept nogil
 cdef int64_t pool_probe(pool_t *pool, const request_t *request) noexcept nogil

@@ -12,6 +12,7 @@ from kvcache._lock cimport kv_lock, kv_lock_wait, kv_lock_wake, kv_thread
 from kvcache._pool cimport (
     BAD_COUNT,
     BELOW_USED,
+    BUSY,
     CLOSED,
     GONE,
     HELD,
@@ -35,7 +36,7 @@ from kvcache._pool cimport (
     slot_of,
     status_t,
 )
-from kvcache._pins cimport forget_everything, limit_salt, pin_found, pin_live, unpin
+from kvcache._pins cimport forget_everything, limit_salt, pin_found, pin_live, pin_t, unpin
 from kvcache._policy cimport read_clock
 from kvcache._reuse cimport begin_names, may_name, note_ids
 from kvcache._sequences cimport (
@@ -151,7 +152,8 @@ cdef status_t pool_admit(pool_t *pool, request_t *request, handle_t *handle) noe
 
 cdef status_t admit_up_to(pool_t *pool, request_t *request, int64_t least, handle_t *handle) noexcept nogil:
     """Admission that lowers the limit to what may be promised, not below `least`."""
-    cdef int64_t size = pool.space.block_size
+    cdef int64_t size = pool.space.block_size, began
+    cdef status_t status
     cdef int64_t unclaimed = pool.budget - held_blocks(pool) - pool.claims
     if pool.closed:
         return CLOSED
@@ -161,7 +163,14 @@ cdef status_t admit_up_to(pool_t *pool, request_t *request, int64_t least, handl
             return NO_ROOM
         request.limit = min(request.limit, unclaimed * size)
     pool.pause = 0
-    return admit(pool, request, True, handle)
+    status = admit(pool, request, False, handle)
+    if status != BUSY and status != HELD:
+        return status
+    began = now()  # it has to move others
+    status = admit(pool, request, True, handle)
+    if status == OK:
+        note_latency(&pool.sight, now() - began)
+    return status
 
 
 cdef int64_t pool_probe(pool_t *pool, const request_t *request) noexcept nogil:
@@ -175,7 +184,7 @@ cdef int64_t pool_probe(pool_t *pool, const request_t *request) noexcept nogil:
 
 
 cdef status_t pool_pin(pool_t *pool, handle_t handle, int32_t salt, const int32_t *ids, int64_t count,
-                       int64_t *blocks, int32_t *last) noexcept nogil:
+                       int64_t *blocks, pin_t *pin) noexcept nogil:
     """Pins what is entered of a live sequence, or of a prefix of ids; NO_ROOM where that is nothing, or too much."""
     cdef status_t status = NO_ROOM
     blocks[0] = count // pool.space.block_size
@@ -183,22 +192,22 @@ cdef status_t pool_pin(pool_t *pool, handle_t handle, int32_t salt, const int32_
         return NO_ROOM
     kv_lock(&pool.lock)
     if ids == NULL:
-        status = pin_live(pool, place_of(handle), blocks, last) if is_live(pool, handle) else STALE
+        status = pin_live(pool, place_of(handle), blocks, pin) if is_live(pool, handle) else STALE
     elif reserve_found(pool, blocks[0]):
         status = NO_MEMORY
     elif not pool.closed:
         blocks[0] = match_ids(&pool.index, salt, ids, blocks[0], pool.found)
-        status = pin_found(pool, blocks[0], last)
+        status = pin_found(pool, blocks[0], pin)
     keep_quotas(pool)  # an earlier pin may have moved
     pool_unlock(pool)
     return status
 
 
-cdef status_t pool_unpin(pool_t *pool, int32_t last) noexcept nogil:
-    """Undoes the pin that ended at this entry."""
+cdef status_t pool_unpin(pool_t *pool, pin_t pin) noexcept nogil:
+    """Undoes a pin. STALE: it has been forgotten with everything else."""
     cdef status_t status
     kv_lock(&pool.lock)
-    status = CLOSED if pool.closed else NO_MEMORY if reserve_splits(pool) else unpin(pool, last)
+    status = CLOSED if pool.closed else NO_MEMORY if reserve_splits(pool) else unpin(pool, pin)
     keep_quotas(pool)
     pool_unlock(pool)
     return status

@@ -7,6 +7,10 @@ from kvcache._ids cimport ids_t
 from kvcache._pool cimport handle_t, pool_t, request_t, status_t
 
 
+cdef extern from "_dict.h":
+    object find_in "kv_find_in" (dict where, object key)
+
+
 cdef class Allocation:
     cdef readonly object request_id
     cdef readonly int64_t tokens
@@ -35,21 +39,25 @@ cdef class Door:
 
     cdef Allocation find(self, object request_id)
     cdef bint knows(self, Allocation record) except -1
+    cdef bint is_away_now(self, object request_id) except -1
+    cdef bint is_here(self, object request_id) except -1
     cdef dict known(self)
     cdef Allocation enter(self, Allocation record)
-    cdef int free_handle(self, handle_t handle) except -1
+    cdef int free_handle(self, handle_t handle, double when) except -1
     cdef int before_waiting(self) except -1
     cdef int lock_pool(self) except -1
     cdef int live(self, Allocation found) except -1
-    cdef int left(self, Allocation record) except -1
+    cdef int left(self, Allocation record, double when) except -1
     cdef bint answer(self, status_t status, object request_id) except -1
     cdef int tell(self, object about) except -1
     cdef int replace_watchers(self, tuple watchers) except -1
     cdef int64_t tokens_of(self, object prompt, ids_t *ids) except -1
     cdef int ask_policy(self) except -1
     cdef double read_clock(self) except? -1
+    cdef double calm_clock(self)
     cdef int32_t salt_of(self, object salt) except -1
     cdef int ask(self, request_t *request, object salt, object priority, object ttl) except -1
+    cdef int ask_kept(self, request_t *request, object salt, object priority, object ttl) except -1
     cdef int64_t limit_for(self, int64_t tokens, object max_tokens, object max_new_tokens) except -1
     cdef int require_fitting(self, str what, object tokens, int64_t count) except -1
 

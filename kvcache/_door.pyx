@@ -50,27 +50,6 @@ from kvcache.errors import (
     UnknownSequence,
 )
 
-cdef extern from *:
-    """
-    /* dict.get that never borrows: without a GIL another thread may let go of the value at any time. */
-    static inline PyObject *kv_find_in(PyObject *dict, PyObject *key)
-    {
-    #if PY_VERSION_HEX >= 0x030D0000
-        PyObject *value;
-        if (PyDict_GetItemRef(dict, key, &value) < 0)
-            return NULL;
-    #else
-        PyObject *value = PyDict_GetItemWithError(dict, key);
-        if (!value && PyErr_Occurred())
-            return NULL;
-        Py_XINCREF(value);
-    #endif
-        return value ? value : Py_NewRef(Py_None);
-    }
-    """
-    object find_in "kv_find_in" (dict where, object key)
-
-
 cdef enum:
     MOST_PRIORITY = 1000000000
 
@@ -229,18 +208,18 @@ cdef class Door:
         try:
             known = self.ids.setdefault(record.request_id, record)
         except BaseException:
-            self.free_handle(record.handle)
+            self.free_handle(record.handle, self.calm_clock())
             raise
         if known is not record:  # another thread, or the id's own __eq__, came first
-            self.free_handle(record.handle)
+            self.free_handle(record.handle, self.calm_clock())
             raise SequenceExists(request_id=record.request_id)
         if self.pool.closed:
             self.ids.clear()
             raise CacheClosed()
         return record
 
-    cdef int free_handle(self, handle_t handle) except -1:
-        cdef double when = self.read_clock()
+    cdef int free_handle(self, handle_t handle, double when) except -1:
+        """Ends a sequence at that time of the clock; it raises before anything is given back."""
         cdef status_t status
         if kv_lock_try(&self.pool.lock):
             status = retire(&self.pool, handle, when)
@@ -254,8 +233,8 @@ cdef class Door:
             raise MemoryError("no memory to give blocks back under a hold")
         return 0
 
-    cdef int left(self, Allocation record) except -1:
-        """Its id is known no more: whoever keeps something of it elsewhere lets go."""
+    cdef int left(self, Allocation record, double when) except -1:
+        """Its id is known no more: whoever keeps something of it elsewhere lets go, or raises and has not."""
         return 0
 
     # -- the lock, and who waits for it
@@ -283,6 +262,20 @@ cdef class Door:
         pool_unlock(&self.pool)
         self.answer(STALE, found.request_id)
 
+    cdef bint is_away_now(self, object request_id) except -1:
+        """Whether the sequence of this id is suspended, or on its way."""
+        return self.away is not None and request_id in self.away
+
+    cdef bint is_here(self, object request_id) except -1:
+        """Whether the sequence of this id lives; then a handle of it that does not is of before it left."""
+        found = find_in(self.ids, request_id)
+        if found is None:
+            return False
+        self.lock_pool()
+        here = is_live(&self.pool, (<Allocation>found).handle)
+        pool_unlock(&self.pool)
+        return here
+
     # -- answers, and whoever watches for room
 
     cdef bint answer(self, status_t status, object request_id) except -1:
@@ -297,7 +290,7 @@ cdef class Door:
         if status == STALE:
             if self.pool.closed:
                 raise CacheClosed()
-            if self.away is not None and request_id in self.away:
+            if self.is_away_now(request_id) or (self.away is not None and self.is_here(request_id)):
                 raise Suspended(request_id=request_id)
             raise UnknownSequence(request_id=request_id)
         if status == HELD:
@@ -395,15 +388,22 @@ cdef class Door:
         """The clock's time, not a number where calls are counted. Never under the lock: it is the user's."""
         return NAN if self.clock is None else <double>self.clock()
 
+    cdef double calm_clock(self):
+        """The clock's time; where it raises, calls are counted: what has begun must come to an end."""
+        try:
+            return self.read_clock()
+        except Exception:
+            return NAN
+
     cdef int32_t salt_of(self, object salt) except -1:
         """The number of a salt. Equal are those of one type and value."""
         cdef int64_t most = 2 * self.pool.space.blocks.num_blocks + 1024
         if salt is None:
             return 0
         key = (type(salt), salt)
-        number = self.limited.get(key)
+        number = find_in(self.limited, key)
         if number is None:
-            number = self.salts.get(key)
+            number = find_in(self.salts, key)
             if number is None:
                 self.lock_pool()
                 self.last_salt += 1
@@ -414,11 +414,19 @@ cdef class Door:
                 self.salts.pop(key, None)
                 number = self.salts.setdefault(key, number)
         while len(self.salts) > most:  # more than there are blocks: the longest unused has nothing that is found
-            self.salts.pop(next(iter(self.salts)), None)
+            try:
+                self.salts.pop(next(iter(self.salts)), None)
+            except (RuntimeError, StopIteration):  # without a GIL another thread may come between the two
+                continue
         return number
 
     cdef int ask(self, request_t *request, object salt, object priority, object ttl) except -1:
-        """What a request says beside its tokens."""
+        """What a request says beside its tokens, and the clock's time."""
+        self.ask_kept(request, salt, priority, ttl)
+        request.when = self.read_clock()
+        return 0
+
+    cdef int ask_kept(self, request_t *request, object salt, object priority, object ttl) except -1:
         request.salt = self.salt_of(salt)
         if type(priority) is not int or priority != 0:
             request.priority = <int32_t>min(as_count(priority, "priority", -MOST_PRIORITY), MOST_PRIORITY)
@@ -428,7 +436,6 @@ cdef class Door:
             request.ttl = <double>ttl
             if not request.ttl > 0:
                 raise ValueError(f"ttl must be more than 0, not {ttl}")
-        request.when = self.read_clock()
         return 0
 
     cdef int64_t limit_for(self, int64_t tokens, object max_tokens, object max_new_tokens) except -1:

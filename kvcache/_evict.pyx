@@ -8,7 +8,7 @@ leaf is the last block of its run, and the run becomes shorter.
 from libc.stdint cimport int32_t, int64_t
 
 from kvcache._blocks cimport NOWHERE, give_run, mark_free
-from kvcache._index cimport cached_copy, forget_block, has_twin, is_cached, note_gone
+from kvcache._index cimport cached_copy, evict_block, forget_block, has_twin, is_cached
 from kvcache._leaves cimport age, quota_of, quota_t
 from kvcache._policy cimport note_evicted
 from kvcache._pool cimport add_places, end_run, pool_t, take_place
@@ -47,8 +47,7 @@ cdef void evict_leaf(pool_t *pool, int32_t entry) noexcept nogil:
     cdef int32_t run
     if not has_twin(&pool.index, block):
         note_evicted(&pool.policy, &pool.index, entry)
-        note_gone(&pool.index, entry)
-    forget_block(&pool.index, block)
+    evict_block(&pool.index, block)
     if pool.paged:
         mark_free(&pool.space.blocks, block, 1)
         return

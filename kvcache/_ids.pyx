@@ -19,6 +19,9 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy
 
 
+cdef object ARRAY = np.ndarray
+
+
 cdef int64_t as_count(object value, str name, int64_t least) except? -1:
     """An int of at least `least`; what is beyond 2**62 counts as 2**62."""
     cdef int overflow = 0
@@ -37,6 +40,8 @@ cdef bint is_count(object value) except -1:
     """Whether this stands for a number of tokens, not for token ids."""
     if PyLong_CheckExact(value):
         return True
+    if type(value) is ARRAY or type(value) is list or type(value) is Tokens:  # asking for attributes costs 0.15 µs
+        return False
     if isinstance(value, (bool, np.bool_, float, np.floating, str, bytes, bytearray)):
         raise TypeError(f"a number of tokens or token ids expected, not {type(value).__name__}")
     return hasattr(value, "__index__") and not hasattr(value, "__len__")
@@ -174,8 +179,6 @@ cdef int read_ids(object prompt, ids_t *ids) except -1:
 
 cdef bint borrow_ids(object array, ids_t *ids) except -1:
     """Reads a contiguous int32 array in place; False if it is something else."""
-    cdef int64_t position
-    cdef int32_t signs = 0
     try:
         PyObject_GetBuffer(array, &ids.view, PyBUF_FORMAT | PyBUF_C_CONTIGUOUS)
     except (BufferError, ValueError, TypeError):
@@ -183,14 +186,29 @@ cdef bint borrow_ids(object array, ids_t *ids) except -1:
     ids.data, ids.count = <const int32_t *>ids.view.buf, ids.view.len // sizeof(int32_t)
     if (ids.view.ndim == 1 and ids.view.itemsize == sizeof(int32_t) and is_dense(&ids.view)
             and (ids.view.format[0] == c"i" or sizeof(long) == sizeof(int32_t) and ids.view.format[0] == c"l")):
-        for position in range(ids.count):
-            signs |= ids.data[position]
-        if signs >= 0:
+        if not any_negative(ids.data, ids.count):
             ids.lent = True
             return True
     PyBuffer_Release(&ids.view)
     ids.data = NULL
     return False
+
+
+cdef bint any_negative(const int32_t *ids, int64_t count) noexcept nogil:
+    """In sixteen lanes, which a compiler takes several at a time."""
+    cdef int32_t[16] lanes
+    cdef int32_t signs = 0
+    cdef int64_t position, lane, whole = count - count % 16
+    for lane in range(16):
+        lanes[lane] = 0
+    for position in range(0, whole, 16):
+        for lane in range(16):
+            lanes[lane] |= ids[position + lane]
+    for lane in range(16):
+        signs |= lanes[lane]
+    for position in range(whole, count):
+        signs |= ids[position]
+    return signs < 0
 
 
 cdef inline bint is_dense(const Py_buffer *view) noexcept:

@@ -18,6 +18,7 @@ ctypedef struct entry_t:
     uint32_t ancestry      # the parent's generation when this was entered: another one since, and nothing leads here
     uint32_t generation    # odd while there is content
     int32_t next           # in its bucket, or while unused the next unused one: entry + 1, 0 for none
+    int32_t before         # in its bucket: entry + 1, 0 for none
     int32_t kids           # entries after it that have blocks which may be evicted
     int32_t block          # the first of its blocks: one that is held, if any is
     int32_t cached         # of its blocks: cached ones, without the fresh
@@ -34,7 +35,7 @@ ctypedef struct index_t:
     int32_t *pins          # [entries] how often each is pinned
     uint32_t *gone         # [mask + 1] prints of entries that were evicted, by bucket; 0 for none
     uint64_t *fresh        # of the cached: let go under a hold that has not ended, so that it may not be given away yet
-    entry_t *entries       # [num_blocks]
+    entry_t *entries       # [num_blocks + 1] the last one is never used, so that each has one after it
     int32_t unused         # first unused entry + 1
     int32_t touched        # entries that have ever been used
     int32_t *buckets       # [mask + 1] first entry + 1
@@ -81,13 +82,13 @@ cdef int64_t match_ids(const index_t *index, int32_t salt, const int32_t *ids, i
 cdef int32_t enter_block(index_t *index, int32_t parent, int64_t block) noexcept nogil
 cdef void join_entry(index_t *index, int32_t entry, int64_t block) noexcept nogil
 cdef void forget_block(index_t *index, int64_t block) noexcept nogil
+cdef void evict_block(index_t *index, int64_t block) noexcept nogil
 cdef void cache_block(index_t *index, int64_t block, bint fresh) noexcept nogil
 cdef void uncache_block(index_t *index, int64_t block) noexcept nogil
 cdef void settle_block(index_t *index, int64_t block) noexcept nogil
 cdef void move_blocks(index_t *index, int64_t source, int64_t destination, int64_t count) noexcept nogil
 cdef void pin_block(index_t *index, int64_t block) noexcept nogil
 cdef void unpin_block(index_t *index, int64_t block) noexcept nogil
-cdef void note_gone(index_t *index, int32_t entry) noexcept nogil
 cdef bint was_evicted(const index_t *index, int32_t parent, const int32_t *ids) noexcept nogil
 cdef int64_t serial_of(const index_t *index, int32_t entry, uint32_t generation) noexcept nogil
 cdef int32_t cached_copy(const index_t *index, int32_t entry) noexcept nogil

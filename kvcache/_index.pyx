@@ -20,6 +20,7 @@ from kvcache._leaves cimport (
     leaves_destroy,
     leaves_init,
     remove_leaf,
+    replace_leaf,
 )
 
 cdef uint64_t ALL = 0xFFFFFFFFFFFFFFFF
@@ -42,7 +43,7 @@ cdef int index_init(index_t *index, int64_t num_blocks, int64_t block_size, cons
     index.last_copy = <int32_t *>calloc(num_blocks, sizeof(int32_t))
     index.cached = <uint64_t *>calloc(words, sizeof(uint64_t))
     index.fresh = <uint64_t *>calloc(words, sizeof(uint64_t))
-    index.entries = <entry_t *>calloc(num_blocks, sizeof(entry_t))
+    index.entries = <entry_t *>calloc(num_blocks + 1, sizeof(entry_t))
     index.buckets = <int32_t *>calloc(buckets, sizeof(int32_t))
     index.pinned = <uint64_t *>calloc(words, sizeof(uint64_t))
     index.pins = <int32_t *>calloc(num_blocks, sizeof(int32_t))
@@ -82,22 +83,31 @@ cdef inline uint64_t bucket_of(const index_t *index, int32_t parent, const int32
     return hash & index.hash_mask & index.mask
 
 
+cdef inline bint is_after(const index_t *index, int32_t entry, int32_t parent, const int32_t *ids) noexcept nogil:
+    """Whether an entry, which has content, has these ids, and comes after `parent`."""
+    cdef const entry_t *seen = &index.entries[entry]
+    return (seen.parent == parent and (parent < 0 or seen.ancestry == index.entries[parent].generation)
+            and memcmp(&index.ids[<int64_t>seen.block * index.block_size], ids,
+                       index.block_size * sizeof(int32_t)) == 0)
+
+
 cdef inline int32_t find_in(const index_t *index, uint64_t bucket, int32_t parent, const int32_t *ids) noexcept nogil:
     cdef int32_t entry = index.buckets[bucket] - 1
-    cdef size_t length = index.block_size * sizeof(int32_t)
-    cdef const entry_t *seen
-    while entry >= 0:
-        seen = &index.entries[entry]
-        if (seen.parent == parent and (parent < 0 or seen.ancestry == index.entries[parent].generation)
-                and memcmp(&index.ids[<int64_t>seen.block * index.block_size], ids, length) == 0):
-            return entry
-        entry = seen.next - 1
-    return -1
+    while entry >= 0 and not is_after(index, entry, parent, ids):
+        entry = index.entries[entry].next - 1
+    return entry
 
 
 cdef int32_t find_after(const index_t *index, int32_t parent, const int32_t *ids) noexcept nogil:
     """The entry of a block of ids after `parent`, or, after -1 - salt, at the beginning of a prompt; -1 for none."""
     return find_in(index, bucket_of(index, parent, ids), parent, ids)
+
+
+cdef inline int32_t find_next(const index_t *index, int32_t entry, const int32_t *ids) noexcept nogil:
+    """The same, and nothing is hashed where it was entered right after the one before it, as most of a prompt is."""
+    if entry >= 0 and index.entries[entry + 1].generation & 1 and is_after(index, entry + 1, entry, ids):
+        return entry + 1
+    return find_after(index, entry, ids)
 
 
 cdef int64_t match_ids(const index_t *index, int32_t salt, const int32_t *ids, int64_t most,
@@ -106,7 +116,7 @@ cdef int64_t match_ids(const index_t *index, int32_t salt, const int32_t *ids, i
     cdef int32_t entry = -1 - salt
     cdef int64_t count
     for count in range(most):
-        entry = find_after(index, entry, ids + count * index.block_size)
+        entry = find_next(index, entry, ids + count * index.block_size)
         if entry < 0:
             return count
         if found != NULL:
@@ -136,7 +146,9 @@ cdef int32_t enter_block(index_t *index, int32_t parent, int64_t block) noexcept
     new.parent = parent
     new.ancestry = index.entries[parent].generation if parent >= 0 else 0
     new.generation += 1
-    new.next = index.buckets[bucket]
+    new.next, new.before = index.buckets[bucket], 0
+    if new.next:
+        index.entries[new.next - 1].before = entry + 1
     new.kids = new.cached = 0
     new.block = <int32_t>block
     index.buckets[bucket] = entry + 1
@@ -199,26 +211,37 @@ cdef inline void relink(index_t *index, int64_t block, bint first) noexcept nogi
 
 cdef void forget_block(index_t *index, int64_t block) noexcept nogil:
     """A block, which has an entry, loses its content; with the last one goes the entry."""
+    drop_block(index, block, False)
+
+
+cdef void evict_block(index_t *index, int64_t block) noexcept nogil:
+    """The same, since its memory is needed: until another one takes the place, it is remembered that it was there."""
+    drop_block(index, block, True)
+
+
+cdef inline void drop_block(index_t *index, int64_t block, bint evicted) noexcept nogil:
     cdef int32_t entry = entry_at(index, block)
     if is_cached(index, block):
         uncache_block(index, block)
     if has_twin(index, block):
         unlink_copy(index, entry, block)
     else:
-        remove_entry(index, entry)
+        remove_entry(index, entry, evicted)
     index.entry_of[block] = 0
 
 
-cdef void remove_entry(index_t *index, int32_t entry) noexcept nogil:
+cdef void remove_entry(index_t *index, int32_t entry, bint evicted) noexcept nogil:
     cdef entry_t *gone = &index.entries[entry]
-    cdef uint64_t content = kv_hash_ids(&index.ids[<int64_t>gone.block * index.block_size], index.block_size,
-                                        index.seed)
-    cdef uint64_t bucket = (kv_hash_after(content, gone.parent, gone.ancestry, index.seed)
-                            & index.hash_mask & index.mask)
-    cdef int32_t *link = &index.buckets[bucket]
-    while link[0] != entry + 1:
-        link = &index.entries[link[0] - 1].next
-    link[0] = gone.next
+    cdef uint64_t hash = full_hash(index, gone.parent, gone.ancestry,
+                                   &index.ids[<int64_t>gone.block * index.block_size])
+    if evicted:
+        index.gone[hash & index.mask] = print_of(hash)
+    if gone.before:
+        index.entries[gone.before - 1].next = gone.next
+    else:
+        index.buckets[hash & index.hash_mask & index.mask] = gone.next
+    if gone.next:
+        index.entries[gone.next - 1].before = gone.before
     forget_leaf(&index.leaves, entry)
     if index.journal != NULL:
         write_down(index.journal, EVICTED, serial_of(index, entry, gone.generation),
@@ -246,21 +269,29 @@ cdef int32_t cached_copy(const index_t *index, int32_t entry) noexcept nogil:
     return block if is_cached(index, block) and not bit_of(index.fresh, block) else -1
 
 
-cdef inline void update_leaf(index_t *index, int32_t entry) noexcept nogil:
-    cdef bint leaf = may_leave(index, entry)
-    if leaf and not is_leaf(&index.leaves, entry):
-        add_leaf(&index.leaves, entry)
-    elif not leaf and is_leaf(&index.leaves, entry):
-        remove_leaf(&index.leaves, entry)
-
-
-cdef void count_kid(index_t *index, int32_t entry, int32_t change) noexcept nogil:
-    """Tells the entry before that this one has, or has no longer, a cached block."""
+cdef void add_kid(index_t *index, int32_t entry) noexcept nogil:
+    """The entry has a cached block, which keeps what precedes it from being evicted."""
     cdef int32_t parent = parent_of(index, entry)
     if parent >= 0:
-        index.entries[parent].kids += change
-        if index.entries[parent].cached:
-            update_leaf(index, parent)
+        index.entries[parent].kids += 1
+        if is_leaf(&index.leaves, parent):
+            remove_leaf(&index.leaves, parent)
+
+
+cdef void remove_kid(index_t *index, int32_t entry) noexcept nogil:
+    """The entry, which may be a leaf, has no cached block any more; the one before it may be a leaf in its stead."""
+    cdef int32_t parent = parent_of(index, entry)
+    cdef bint follows = False
+    if parent >= 0:
+        index.entries[parent].kids -= 1
+        follows = may_leave(index, parent)
+    if is_leaf(&index.leaves, entry):
+        if follows:
+            replace_leaf(&index.leaves, entry, parent)
+        else:
+            remove_leaf(&index.leaves, entry)
+    elif follows:
+        add_leaf(&index.leaves, parent)
 
 
 cdef void cache_block(index_t *index, int64_t block, bint fresh) noexcept nogil:
@@ -281,8 +312,9 @@ cdef inline void count_cached(index_t *index, int32_t entry) noexcept nogil:
     count_quota(&index.leaves, entry, 1)
     index.entries[entry].cached += 1
     if index.entries[entry].cached == 1:
-        count_kid(index, entry, 1)
-    update_leaf(index, entry)
+        add_kid(index, entry)
+        if may_leave(index, entry):
+            add_leaf(&index.leaves, entry)
 
 
 cdef void uncache_block(index_t *index, int64_t block) noexcept nogil:
@@ -298,9 +330,8 @@ cdef void uncache_block(index_t *index, int64_t block) noexcept nogil:
     index.cached_blocks -= 1
     count_quota(&index.leaves, entry, -1)
     index.entries[entry].cached -= 1
-    update_leaf(index, entry)
     if index.entries[entry].cached == 0:
-        count_kid(index, entry, -1)
+        remove_kid(index, entry)
 
 
 cdef void settle_block(index_t *index, int64_t block) noexcept nogil:
@@ -334,14 +365,6 @@ cdef inline uint32_t print_of(uint64_t hash) noexcept nogil:
 cdef inline uint64_t full_hash(const index_t *index, int32_t parent, uint32_t ancestry,
                                const int32_t *ids) noexcept nogil:
     return kv_hash_after(kv_hash_ids(ids, index.block_size, index.seed), parent, ancestry, index.seed)
-
-
-cdef void note_gone(index_t *index, int32_t entry) noexcept nogil:
-    """Remembers, until another one takes the place, that an entry was evicted."""
-    cdef const entry_t *seen = &index.entries[entry]
-    cdef uint64_t hash = full_hash(index, seen.parent, seen.ancestry,
-                                   &index.ids[<int64_t>seen.block * index.block_size])
-    index.gone[hash & index.mask] = print_of(hash)
 
 
 cdef bint was_evicted(const index_t *index, int32_t parent, const int32_t *ids) noexcept nogil:
@@ -409,7 +432,7 @@ cdef str check_index(const index_t *index):
         if index.entries[entry].generation & 1:
             entries += 1
             pinned -= index.pins[entry] > 0
-            wrong = check_entry(index, entry, &linked)
+            wrong = check_entry(index, entry, &linked) or check_bucket(index, entry)
             if wrong is not None:
                 return wrong
     if pinned:
@@ -448,6 +471,15 @@ cdef str check_entry(const index_t *index, int32_t entry, int64_t *linked):
         return f"entry {entry} has {cached} cached blocks, its count says {seen.cached}"
     if may_leave(index, entry) != is_leaf(&index.leaves, entry):
         return f"entry {entry} with {seen.kids} kids is {'' if is_leaf(&index.leaves, entry) else 'not '}a leaf"
+    return None
+
+
+cdef str check_bucket(const index_t *index, int32_t entry):
+    cdef int32_t after = index.entries[entry].next - 1, before = index.entries[entry].before - 1
+    if after >= 0 and index.entries[after].before != entry + 1:
+        return f"entry {after} comes after entry {entry} in a bucket, it says {index.entries[after].before - 1}"
+    if before >= 0 and index.entries[before].next != entry + 1:
+        return f"entry {before} comes before entry {entry} in a bucket, it says {index.entries[before].next - 1}"
     return None
 
 

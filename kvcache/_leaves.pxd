@@ -33,12 +33,23 @@ cdef void leaves_destroy(leaves_t *leaves) noexcept nogil
 cdef quota_t *quota_of(const leaves_t *leaves, int32_t salt) noexcept nogil
 cdef int set_quota(leaves_t *leaves, int32_t salt, int64_t most) noexcept nogil
 cdef void join_quota(leaves_t *leaves, int32_t entry) noexcept nogil
-cdef void count_quota(leaves_t *leaves, int32_t entry, int64_t blocks) noexcept nogil
+cdef void add_to_quota(leaves_t *leaves, int32_t entry, int64_t blocks) noexcept nogil
 cdef void add_leaf(leaves_t *leaves, int32_t entry) noexcept nogil
 cdef void remove_leaf(leaves_t *leaves, int32_t entry) noexcept nogil
-cdef void weigh(leaves_t *leaves, int32_t entry, double score) noexcept nogil
+cdef void replace_leaf(leaves_t *leaves, int32_t entry, int32_t successor) noexcept nogil
+cdef void reseat_leaf(leaves_t *leaves, int32_t entry) noexcept nogil
 cdef int reserve_priorities(leaves_t *leaves) noexcept nogil
 cdef void prefer(leaves_t *leaves, int32_t entry, int32_t priority, double expires) noexcept nogil
 cdef void age(leaves_t *leaves, double now) noexcept nogil
 cdef void forget_leaf(leaves_t *leaves, int32_t entry) noexcept nogil
 cdef str check_leaves(const leaves_t *leaves)
+
+cdef inline void weigh(leaves_t *leaves, int32_t entry, double score) noexcept nogil:
+    leaves.score[entry] = score
+    if is_leaf(leaves, entry):
+        reseat_leaf(leaves, entry)
+
+cdef inline void count_quota(leaves_t *leaves, int32_t entry, int64_t blocks) noexcept nogil:
+    """So many blocks more are cached under the salt of an entry."""
+    if leaves.num_quotas:
+        add_to_quota(leaves, entry, blocks)

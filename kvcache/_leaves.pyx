@@ -100,6 +100,12 @@ cdef void take_from(const leaves_t *leaves, heap_t *heap, int32_t entry) noexcep
         seat(leaves, heap, at, last)
 
 
+cdef inline void replace_in(const leaves_t *leaves, heap_t *heap, int32_t entry, int32_t successor) noexcept nogil:
+    cdef int64_t at = heap.rank[entry] - 1
+    heap.rank[entry] = 0
+    seat(leaves, heap, at, successor)
+
+
 cdef inline void reseat(const leaves_t *leaves, heap_t *heap, int32_t entry) noexcept nogil:
     if heap.rank[entry]:
         seat(leaves, heap, heap.rank[entry] - 1, entry)
@@ -121,17 +127,19 @@ cdef void remove_leaf(leaves_t *leaves, int32_t entry) noexcept nogil:
         take_from(leaves, &quota.heap, entry)
 
 
+cdef void replace_leaf(leaves_t *leaves, int32_t entry, int32_t successor) noexcept nogil:
+    """An entry of the same salt is a leaf in another one's stead, mostly at the same place."""
+    cdef quota_t *quota = quota_of(leaves, leaves.salt[entry])
+    replace_in(leaves, &leaves.heap, entry, successor)
+    if quota != NULL:
+        replace_in(leaves, &quota.heap, entry, successor)
+
+
 cdef void reseat_leaf(leaves_t *leaves, int32_t entry) noexcept nogil:
     cdef quota_t *quota = quota_of(leaves, leaves.salt[entry])
     reseat(leaves, &leaves.heap, entry)
     if quota != NULL:
         reseat(leaves, &quota.heap, entry)
-
-
-cdef void weigh(leaves_t *leaves, int32_t entry, double score) noexcept nogil:
-    leaves.score[entry] = score
-    if leaves.heap.rank[entry]:
-        reseat_leaf(leaves, entry)
 
 
 cdef void forget_leaf(leaves_t *leaves, int32_t entry) noexcept nogil:
@@ -243,8 +251,7 @@ cdef void join_quota(leaves_t *leaves, int32_t entry) noexcept nogil:
         add_to(leaves, &quota.heap, entry)
 
 
-cdef void count_quota(leaves_t *leaves, int32_t entry, int64_t blocks) noexcept nogil:
-    """So many blocks more are cached under the salt of an entry."""
+cdef void add_to_quota(leaves_t *leaves, int32_t entry, int64_t blocks) noexcept nogil:
     cdef quota_t *quota = quota_of(leaves, leaves.salt[entry])
     if quota != NULL:
         quota.cached += blocks

@@ -355,14 +355,15 @@ cdef class Looks(Door):
         kv_lock_runs_python(&self.pool.lock, True)
         try:
             wrong = check_pool(&self.pool)
+            away = None if self.away is None else dict(self.away)  # before the records: who is freed leaves them first
             records = list(self.ids.values())
             dead = [record for record in records if not is_live(&self.pool, (<Allocation>record).handle)]
         finally:
             kv_lock_runs_python(&self.pool.lock, False)
             pool_unlock(&self.pool)
         self.answer(OK, None)
-        if self.away is not None:
-            dead = [record for record in dead if record.request_id not in self.away]
+        if away is not None:
+            dead = [record for record in dead if record.request_id not in away]
         if wrong is None and dead:
             wrong = f"{dead[0].request_id!r} is known, its sequence does not live"
         if wrong is not None:

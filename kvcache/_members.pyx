@@ -343,6 +343,8 @@ cdef class Members:
             self.cache.lock_pool()
             index = self.dead_member()
             pool_unlock(&self.cache.pool)
+        if index >= 0 and not self.cache.pool.closed and not self.cache.is_away_now(self.ids[index]):
+            raise UnknownSequence(request_id=self.ids[index])  # freed, or come back: its id may live
         self.cache.answer(status, self.ids[index] if index >= 0 else None)
         return 0
 

@@ -4,7 +4,7 @@ A pin is one more holder of every block of a prefix. One block of each entry is 
 where it is when its sequence ends, in a run that nobody continues, and moves like any other.
 """
 
-from libc.stdint cimport int32_t, int64_t
+from libc.stdint cimport int32_t, int64_t, uint32_t
 
 from kvcache._blocks cimport give_run, mark_free
 from kvcache._evict cimport keep_quota, uncache_run
@@ -27,6 +27,7 @@ from kvcache._pool cimport (
     NO_MEMORY,
     NO_ROOM,
     OK,
+    STALE,
     end_run,
     give_back,
     note_lately,
@@ -44,18 +45,18 @@ from kvcache._sharing cimport change_holders, leave_block
 
 # ---- pins
 
-cdef status_t pin_live(pool_t *pool, int32_t who, int64_t *count, int32_t *last) noexcept nogil:
-    """Pins what of a live sequence is entered; `count` is told how many blocks, `last` the entry of the last one."""
+cdef status_t pin_live(pool_t *pool, int32_t who, int64_t *count, pin_t *pin) noexcept nogil:
+    """Pins what of a live sequence is entered; `count` is told how many blocks."""
     cdef int64_t index
     count[0] = pool.space.seqs[who].indexed
     if reserve_found(pool, count[0]):
         return NO_MEMORY
     for index in range(count[0]):
         pool.found[index] = entry_at(&pool.index, block_at(pool, who, index))
-    return pin_found(pool, count[0], last)
+    return pin_found(pool, count[0], pin)
 
 
-cdef status_t pin_found(pool_t *pool, int64_t count, int32_t *last) noexcept nogil:
+cdef status_t pin_found(pool_t *pool, int64_t count, pin_t *pin) noexcept nogil:
     """Pins the first `count` entries that have been found; NO_ROOM where more would be held than may be."""
     cdef int32_t *block = &pool.found[pool.found_capacity]
     cdef int64_t index, old, more = 0
@@ -81,7 +82,7 @@ cdef status_t pin_found(pool_t *pool, int64_t count, int32_t *last) noexcept nog
         if block[index] >= 0:
             unpin_block(&pool.index, block[index])
             let_go_of(pool, block[index])
-    last[0] = pool.found[count - 1]
+    pin[0] = <pin_t>pool.index.entries[pool.found[count - 1]].generation << 32 | <pin_t>pool.found[count - 1]
     note_peak(pool)
     pool.changes += 1
     return OK
@@ -126,10 +127,13 @@ cdef void hold_block(pool_t *pool, int64_t block) noexcept nogil:
         change_holders(pool, block, 1, 0)
 
 
-cdef status_t unpin(pool_t *pool, int32_t last) noexcept nogil:
-    """Takes one pin from an entry and all before it."""
+cdef status_t unpin(pool_t *pool, pin_t pin) noexcept nogil:
+    """Takes one pin from an entry and all before it. STALE: everything has been forgotten since."""
+    cdef int32_t last = <int32_t><uint32_t>pin
     cdef int32_t entry = last, before
     cdef int64_t depth = 0
+    if pool.index.entries[last].generation != pin >> 32:
+        return STALE
     while entry >= 0:
         depth += 1
         entry = parent_of(&pool.index, entry)

@@ -3,6 +3,7 @@
 from libc.stdint cimport int32_t, int64_t, uint32_t
 
 from kvcache._index cimport index_t
+from kvcache._leaves cimport weigh
 from kvcache._worth cimport worth_t
 
 ctypedef enum order_t:
@@ -38,6 +39,14 @@ ctypedef struct policy_t:
 cdef int policy_init(policy_t *policy, order_t order, int64_t entries) noexcept nogil
 cdef void policy_destroy(policy_t *policy) noexcept nogil
 cdef void read_clock(policy_t *policy, double when) noexcept nogil
-cdef void touch(policy_t *policy, index_t *index, int32_t entry, event_t event, int64_t depth,
-                int64_t length) noexcept nogil
+cdef void score_anew(policy_t *policy, index_t *index, int32_t entry, event_t event, int64_t depth,
+                     int64_t length) noexcept nogil
 cdef void note_evicted(policy_t *policy, index_t *index, int32_t entry) noexcept nogil
+
+cdef inline void touch(policy_t *policy, index_t *index, int32_t entry, event_t event, int64_t depth,
+                       int64_t length) noexcept nogil:
+    """Weighs an entry anew: `depth` blocks come before it in a prompt of `length` blocks."""
+    if policy.order == LRU:
+        weigh(&index.leaves, entry, policy.now)
+    else:
+        score_anew(policy, index, entry, event, depth, length)

@@ -34,12 +34,10 @@ cdef void read_clock(policy_t *policy, double when) noexcept nogil:
     policy.now = when if when == when else <double>policy.calls
 
 
-cdef void touch(policy_t *policy, index_t *index, int32_t entry, event_t event, int64_t depth,
-                int64_t length) noexcept nogil:
-    """Weighs an entry anew: `depth` blocks come before it in a prompt of `length` blocks."""
-    if policy.order == LRU:
-        weigh(&index.leaves, entry, policy.now)
-    elif policy.order == WORTH:
+cdef void score_anew(policy_t *policy, index_t *index, int32_t entry, event_t event, int64_t depth,
+                     int64_t length) noexcept nogil:
+    """Of every order but that of the last touch."""
+    if policy.order == WORTH:
         weigh(&index.leaves, entry, worth_of(policy, index, entry, event, depth))
     elif policy.order == FIFO:
         if event == INSERTED:

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import cython
 import numpy as np
 
 from libc.stdint cimport int32_t, int64_t
@@ -17,12 +18,13 @@ from kvcache._calls cimport (
     pool_set_ids,
     pool_unpin,
 )
-from kvcache._door cimport Allocation
+from kvcache._door cimport Allocation, find_in
 from kvcache._ids cimport as_count, drop_ids, ids_t, read_ids
 from kvcache._index cimport match_ids
 from kvcache._journal cimport journal_new, journal_t, record_t
 from kvcache._lock cimport kv_lock_try
-from kvcache._pool cimport BAD_COUNT, BELOW_USED, GONE, NO_ROOM, handle_t, keeps, request_t, status_t
+from kvcache._pins cimport pin_t
+from kvcache._pool cimport BAD_COUNT, BELOW_USED, GONE, NO_ROOM, STALE, handle_t, keeps, request_t, status_t
 from kvcache._sequences cimport pool_unlock
 
 cdef enum:
@@ -171,7 +173,8 @@ cdef class Prefixes(Looks):
         returns False), nor is that written again (`CacheFull`).
         """
         cdef int64_t blocks = 0
-        cdef int32_t last = -1, number = 0
+        cdef int32_t number = 0
+        cdef pin_t pin = 0
         cdef handle_t handle = 0
         cdef status_t status
         cdef ids_t ids
@@ -188,14 +191,15 @@ cdef class Prefixes(Looks):
             self.require_fitting("tokens to pin", ids.count, ids.count)
             self.before_waiting()
             with nogil:
-                status = pool_pin(&self.pool, handle, number, ids.data, ids.count, &blocks, &last)
+                status = pool_pin(&self.pool, handle, number, ids.data, ids.count, &blocks, &pin)
         finally:
             drop_ids(&ids)
         if status == NO_ROOM:
             self.known()
             return 0
         self.answer(status, request_id)
-        self.pins.setdefault(key, []).append((last, blocks))
+        with cython.critical_section(self):
+            self.pins.setdefault(key, []).append((pin, blocks))
         return blocks * self.pool.space.block_size
 
     def unpin(self, request_id=None, *, tokens=None, salt=None):
@@ -206,24 +210,33 @@ cdef class Prefixes(Looks):
         int
             How many tokens that pin had; 0 if there is none.
         """
-        cdef int32_t last
-        cdef status_t status
+        cdef pin_t pin
+        cdef status_t status = STALE
         key = self.pin_key(request_id, tokens, salt)
         self.known()
-        try:
-            ends = self.pins[key]
-            last, blocks = ends.pop()
-        except (KeyError, IndexError):
-            return 0
-        if not ends:
-            self.pins.pop(key, None)
         self.before_waiting()
-        with nogil:
-            status = pool_unpin(&self.pool, last)
+        while status == STALE:  # the cache has been cleared after that pin, and before it was noted here
+            last = self.last_pin(key)
+            if last is None:
+                return 0
+            pin, blocks = last
+            with nogil:
+                status = pool_unpin(&self.pool, pin)
         self.answer(status, None)
         if self.watchers is not None:
             self.tell(self)
         return blocks * self.pool.space.block_size
+
+    cdef object last_pin(self, object key):
+        """The pin noted last under a key, taken from there; None where there is none."""
+        with cython.critical_section(self):  # what an empty list is taken for, nobody may append to meanwhile
+            pins = find_in(self.pins, key)
+            if not pins:
+                return None
+            last = (<list>pins).pop()
+            if not pins:
+                self.pins.pop(key, None)
+        return last
 
     cdef object pin_key(self, object request_id, object tokens, object salt):
         cdef ids_t ids
@@ -244,7 +257,8 @@ cdef class Prefixes(Looks):
         cdef status_t status
         self.known()
         self.before_waiting()
-        self.pins.clear()
+        with cython.critical_section(self):
+            self.pins.clear()
         with nogil:
             status = pool_clear(&self.pool)
         self.answer(status, None)

@@ -32,13 +32,15 @@ cdef enum:
 # ---- names
 
 cdef bint may_name(const pool_t *pool, int32_t who, int64_t start, const int32_t *ids, int64_t count) noexcept nogil:
-    """Whether tokens from `start` on may have these ids: those that have one already, or share a block, agree."""
+    """Whether tokens from `start` on may have these ids: those that have one already, or share a block, agree, and so
+    do those of a block that is found by the names that one who has gone gave it.
+    """
     cdef int64_t size = pool.space.block_size, index, slot
-    cdef bint shared
+    cdef bint named
     for index in range(count):
         slot = slot_of(pool, who, start + index)
-        shared = pool.paged and pool.refs[slot // size] > 1
-        if start + index < pool.space.seqs[who].known or (shared and pool.index.ids[slot] != UNNAMED):
+        named = pool.paged and pool.refs[slot // size] > 1 and pool.index.ids[slot] != UNNAMED
+        if named or start + index < pool.space.seqs[who].known or entry_at(&pool.index, slot // size) >= 0:
             if pool.index.ids[slot] != ids[index]:
                 return False
     return True

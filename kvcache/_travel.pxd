@@ -25,7 +25,6 @@ cdef class Journey:
 cdef class TravelCore(CacheCore):
     cdef Journey journey_of(self, object request_id)
     cdef object entries_of(self, object request_ids)
-    cdef double calm_clock(self)
     cdef bint is_away(self, Journey journey) except -1
     cdef int forget(self, Journey journey) except -1
     cdef int detach(self, Journey journey) except -1

@@ -4,10 +4,10 @@ A sequence on its way has a handle that nobody else knows: whoever has the old o
 finds that it does not live, while its blocks move about as they always do. Its id stays known.
 """
 
+import cython
 import numpy as np
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
-from libc.math cimport NAN
 from libc.stdint cimport UINT32_MAX, int32_t, int64_t, uint32_t
 from libc.string cimport memcpy
 
@@ -15,7 +15,7 @@ from kvcache._admit cimport admit
 from kvcache._alloc cimport CacheCore
 from kvcache._calls cimport counted, wait_for_holds
 from kvcache._copy cimport Copier
-from kvcache._door cimport Allocation
+from kvcache._door cimport Allocation, find_in
 from kvcache._index cimport entry_at, entry_t, match_ids
 from kvcache._lock cimport kv_lock, kv_lock_runs_python
 from kvcache._moves cimport span_t
@@ -32,6 +32,7 @@ from kvcache._pool cimport (
     keeps,
     my_hold,
     place_of,
+    refusals_t,
     request_t,
     reuse_t,
     slot_of,
@@ -54,8 +55,9 @@ cdef class TravelCore(CacheCore):
     # -- what a suspended sequence still has
 
     cdef Journey journey_of(self, object request_id):
-        """None for a sequence that has not been suspended."""
-        return None if self.away is None else <Journey>self.away.get(request_id)
+        """None for a sequence that has not been suspended, or that has been freed."""
+        cdef Journey journey = None if self.away is None else <Journey>find_in(self.away, request_id)
+        return journey if journey is not None and self.knows(journey.record) else None
 
     def used_tokens(self, request_id):
         """Tokens of the sequence."""
@@ -108,6 +110,11 @@ cdef class TravelCore(CacheCore):
         cdef Journey journey = self.journey_of(request_id)
         return None if journey is None else journey.transfer
 
+    def _is_moving(self, request_id):
+        """Whether it is on its way out or back."""
+        cdef Journey journey = self.journey_of(request_id)
+        return journey is not None and journey.moving
+
     def _is_live(self, Allocation record not None):
         """Whether the very sequence that was granted lives, suspended or not."""
         if CacheCore._is_live(self, record):
@@ -125,15 +132,18 @@ cdef class TravelCore(CacheCore):
         blocks are still held.
         """
         cdef Allocation record = self.find(request_id)
-        cdef Journey journey = Journey.__new__(Journey)
+        cdef Journey there, journey = Journey.__new__(Journey)
         if granted is not None and granted is not record:
             raise UnknownSequence(request_id=request_id)
         journey.transfer = transfer
         journey.record, journey.moving = record, True
-        if self.away is None:
-            self.away = {}
-        if self.away.setdefault(record.request_id, journey) is not journey:
-            raise Suspended(request_id=request_id)
+        with cython.critical_section(self):
+            if self.away is None:
+                self.away = {}
+            there = <Journey>self.away.setdefault(record.request_id, journey)
+            if there is not journey and there.record is record:
+                raise Suspended(request_id=request_id)
+            self.away[record.request_id] = journey  # instead of that of a namesake that is just being freed
         try:  # known as away before it is: so a free that comes in between finds it here or there
             self.detach(journey)
             self.note_state(journey)
@@ -180,19 +190,23 @@ cdef class TravelCore(CacheCore):
 
     cdef int note_state(self, Journey journey) except -1:
         """What is known of its tokens: nobody can change it any more."""
-        cdef int64_t num_marks = self.pool.num_marks, position, known
+        cdef int64_t num_marks = self.pool.num_marks, position, known = 0
         cdef int32_t who = place_of(journey.handle)
         cdef int32_t[::1] marks = np.zeros(num_marks, np.int32), written = np.zeros(2 * num_marks, np.int32), ids
-        known = self.pool.space.seqs[who].known
+        self.lock_pool()  # the table of sequences may be where it is no longer
+        if is_live(&self.pool, journey.handle):
+            known = self.pool.space.seqs[who].known
+        pool_unlock(&self.pool)
         ids = np.zeros(known, np.int32)
         self.lock_pool()
         if is_live(&self.pool, journey.handle):
             memcpy(&marks[0], &self.pool.marks[who * num_marks], num_marks * sizeof(int32_t))
             memcpy(&written[0], &self.pool.written[who * num_marks], num_marks * sizeof(extent_t))
+            known = min(known, <int64_t>self.pool.space.seqs[who].known)  # cleared meanwhile: none
             for position in range(known):
                 ids[position] = self.pool.index.ids[slot_of(&self.pool, who, position)]
         pool_unlock(&self.pool)
-        journey.marks, journey.written, journey.ids = marks.base, written.base, ids.base
+        journey.marks, journey.written, journey.ids = marks.base, written.base, ids.base[:known]
         return 0
 
     def _put_away(self, Journey journey not None, bint ok):
@@ -212,37 +226,31 @@ cdef class TravelCore(CacheCore):
         journey.moving = False
         if status != OK:
             self.forget(journey)
-            return False
         if self.watchers is not None:
             self.tell(journey.record.request_id)
-        return self.is_away(journey)
-
-    cdef double calm_clock(self):
-        """The clock's time; where it raises, calls are counted: what is on its way must come to an end."""
-        try:
-            return self.read_clock()
-        except Exception:
-            return NAN
+        return status == OK and self.is_away(journey)
 
     cdef bint is_away(self, Journey journey) except -1:
         """Not, if it has been freed: after `moving` has ended, whoever frees it has it abandoned."""
-        return self.away.get(journey.record.request_id) is journey
+        return find_in(self.away, journey.record.request_id) is journey
 
     cdef int forget(self, Journey journey) except -1:
-        if self.is_away(journey):
-            self.away.pop(journey.record.request_id, None)
+        with cython.critical_section(self):  # it may have gone already, and another one of its name have come
+            if self.is_away(journey):
+                self.away.pop(journey.record.request_id, None)
         return 0
 
-    cdef int left(self, Allocation record) except -1:
+    cdef int left(self, Allocation record, double when) except -1:
         """Freed while it was away: what it has is given back now, and what is kept of it elsewhere by its carrier."""
-        cdef Journey journey = <Journey>self.away.get(record.request_id)
+        cdef Journey journey = <Journey>find_in(self.away, record.request_id)
         cdef handle_t handle
         if journey is None or journey.record is not record:
             return 0
-        self.away.pop(record.request_id, None)
-        handle, journey.handle = journey.handle, 0
+        handle = journey.handle
         if handle:
-            self.free_handle(handle)
+            self.free_handle(handle, when)
+        self.forget(journey)
+        journey.handle = 0
         if not journey.moving:
             self._abandoned(journey)
         return 0
@@ -263,6 +271,7 @@ cdef class TravelCore(CacheCore):
         cdef status_t status = STALE
         cdef int64_t cached = 0
         cdef bint mine = False
+        cdef refusals_t refused
         if journey is None or journey.record is not record:
             self.live(record)
             pool_unlock(&self.pool)
@@ -279,16 +288,19 @@ cdef class TravelCore(CacheCore):
         self.before_waiting()
         with nogil:
             kv_lock(&self.pool.lock)
+            refused = self.pool.sight.refused
             while True:
                 self.pool.pause = 0
                 status = CLOSED if self.pool.closed else self.admit_journey(journey, ids, &cached)
                 if status != HELD or not patient or wait_for_holds(&self.pool) != OK:
                     break
+            if not patient:  # whoever asks again and again counts for itself
+                self.pool.sight.refused = refused
             mine = status == HELD and my_hold(&self.pool) != NULL
             pool_unlock(&self.pool)
         if not self.knows(record):  # freed meanwhile
             if status == OK:
-                self.free_handle(journey.handle)
+                self.free_handle(journey.handle, self.calm_clock())
             self._abandoned(journey)
             raise UnknownSequence(request_id=request_id)
         if status != OK:

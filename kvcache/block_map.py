@@ -8,12 +8,14 @@ import numpy as np
 FREE = -1
 WAITING = -2  # let go under a hold that has not ended
 CACHED = -3  # free, but its content is found until somebody takes the block
+PINNED = -4  # held by a pin alone
 SHARED = 1 << 30  # beside the place of one holder: the block has several
 
 GOLDEN = 0.6180339887498949  # hues a golden section of the circle apart: neighbours are far from each other
 PLASTIC = 0.7548776662466927  # and paler or stronger by as even a sequence
 GROUNDS = {False: (255, 255, 255), True: (18, 18, 20)}  # of free blocks, by whether the picture is dark
 KEPT = {False: (208, 225, 245), True: (38, 54, 80)}  # of cached ones
+PINS = {False: (150, 180, 225), True: (76, 108, 160)}  # of pinned ones: of the same blue, stronger
 BEYOND = {False: (206, 206, 206), True: (60, 60, 62)}  # pixels of the last row that are no block
 HELD_BACK = (128, 128, 128)
 
@@ -42,7 +44,7 @@ def image_of(owners, width, dark):
     Parameters
     ----------
     owners : array of int32
-        Of each block the place of its holder, `SHARED` beside it, or `FREE`, `CACHED` or `WAITING`.
+        Of each block the place of its holder, `SHARED` beside it, or `FREE`, `CACHED`, `PINNED` or `WAITING`.
     width : int
     dark : bool
 
@@ -56,6 +58,7 @@ def image_of(owners, width, dark):
     pixels = image[: owners.size]
     pixels[owners == FREE] = GROUNDS[dark]
     pixels[owners == CACHED] = KEPT[dark]
+    pixels[owners == PINNED] = PINS[dark]
     pixels[owners == WAITING] = HELD_BACK
     held = np.flatnonzero(owners >= 0)
     places = owners[held] & ~SHARED
@@ -93,7 +96,7 @@ def _chunk(kind, data):
 def cells_of(owners, most):
     """The blocks in at most so many equal cells: of each the holder of one of its blocks, a shared one first.
 
-    Where nobody holds one, a cell is cached if one of its blocks is.
+    Where no sequence holds one, a cell is pinned if one of its blocks is, else cached if one is.
 
     Returns
     -------
@@ -105,5 +108,6 @@ def cells_of(owners, most):
     padded[: owners.size] = owners
     padded = padded.reshape(-1, per_cell)
     cells = padded.max(axis=1)
-    cells[(cells < 0) & (padded == CACHED).any(axis=1)] = CACHED
+    for kept in (CACHED, PINNED):
+        cells[(cells < 0) & (padded == kept).any(axis=1)] = kept
     return per_cell, cells

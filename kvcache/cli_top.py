@@ -66,12 +66,14 @@ def _top(arguments):
     last = look(host, port)
     if not console.is_terminal and arguments.frames is None:
         arguments.frames = 1
-    with Live(frame(last, None, console.width), console=console, auto_refresh=False) as live:
+    height = console.height if console.is_terminal else None
+    with Live(frame(last, None, console.width, height), console=console, auto_refresh=False) as live:
         shown = 1
         while arguments.frames is None or shown < arguments.frames:
             time.sleep(arguments.interval)
             now = look(host, port)
-            live.update(frame(now, last, console.width), refresh=True)
+            height = console.height if console.is_terminal else None
+            live.update(frame(now, last, console.width, height), refresh=True)
             last, shown = now, shown + 1
     return 0
 

@@ -19,7 +19,7 @@ class Finding(NamedTuple):
     Attributes
     ----------
     kind : str
-        ``"fragmentation"``, ``"promises"``, ``"arena_copies"`` or ``"queue"``.
+        ``"fragmentation"``, ``"promises"``, ``"arena_copies"``, ``"corrupt_chunks"`` or ``"queue"``.
     level : int
         Of `logging`.
     message : str
@@ -55,7 +55,7 @@ class Watch:
         self._lock = threading.Lock()
         self._told = {}  # topic -> when it was told last
         self._unsaid = {}  # topic -> how often it has been found since
-        self._copies = 0
+        self._copies = self._corrupt = 0
 
     def look(self, cache):
         """What there is to find now; what has not been told for a while goes to the logger.
@@ -67,7 +67,11 @@ class Watch:
         stats = cache.stats()
         with self._lock:
             copies, self._copies = self._copies, max(self._copies, stats.arena_copies)
-            found = (*_findings(stats, cache.placement, cache.overcommit, copies), *_waits(cache, stats))
+            corrupt, self._corrupt = self._corrupt, max(self._corrupt, stats.corrupt_chunks)
+            found = (
+                *_findings(stats, cache.placement, cache.overcommit, copies, corrupt),
+                *_waits(cache, stats),
+            )
             due = [(finding, self._since(finding.topic)) for finding in found if self._is_due(finding.topic)]
         for finding, unsaid in due:
             again = f" (found {unsaid} more times since it was last told)" if unsaid else ""
@@ -93,8 +97,8 @@ def promised_part(stats, overcommit):
     )
 
 
-def _findings(stats, placement, overcommit, copies):
-    """`copies` are the arena copies that are known already."""
+def _findings(stats, placement, overcommit, copies, corrupt):
+    """`copies` and `corrupt` are the arena copies and the corrupt chunks that are known already."""
     if placement == "paged" and stats.fragmentation > ACCEPTABLE_FRAGMENTATION:
         high = stats.fragmentation > HIGH_FRAGMENTATION
         yield Finding(
@@ -117,6 +121,14 @@ def _findings(stats, placement, overcommit, copies):
             logging.WARNING,
             f"MLX copied an array of the arena instead of writing in place, {stats.arena_copies} times so far: "
             "something else holds it, a view kept across steps as a rule",
+        )
+    more = stats.corrupt_chunks - corrupt
+    if more > 0:
+        yield Finding(
+            "corrupt_chunks",
+            logging.WARNING,
+            f"{more} chunk{'' if more == 1 else 's'} came back from a store as something else than what was put there, "
+            f"{stats.corrupt_chunks} so far: taken for lost, and deleted; the store's memory or disk needs a look",
         )
 
 

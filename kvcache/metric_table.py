@@ -88,6 +88,12 @@ METRICS = (
     _gauge("memory.used", "By", "Bytes of blocks that are held.", lambda now: now.stats.allocated_bytes),
     _gauge("memory.free", "By", "Bytes of blocks that nobody holds.", lambda now: now.stats.free_bytes),
     _gauge("sequences", "{sequence}", "Live sequences.", lambda now: now.stats.num_sequences),
+    _gauge(
+        "sequences.suspended",
+        "{sequence}",
+        "Sequences that are suspended or on their way to a store or back.",
+        lambda now: now.stats.suspended_sequences,
+    ),
     _gauge("blocks.arena", "{block}", "Blocks of the arena.", lambda now: now.stats.total_blocks),
     _gauge("blocks.used", "{block}", "Blocks that are held.", lambda now: now.stats.used_blocks),
     _gauge("blocks.free", "{block}", "Blocks that nobody holds.", lambda now: now.stats.free_blocks),
@@ -97,6 +103,7 @@ METRICS = (
         "Free blocks whose content may be found again.",
         lambda now: now.stats.cached_blocks,
     ),
+    _gauge("blocks.pinned", "{block}", "Used blocks that a pin holds.", lambda now: now.stats.pinned_blocks),
     _gauge(
         "blocks.claimed",
         "{block}",
@@ -179,8 +186,14 @@ METRICS = (
     _counter(
         "copied_tokens",
         "{token}",
-        "Tokens copied by forks and copies on write.",
+        "Tokens copied by forks, hits and copies on write.",
         lambda now: now.stats.copied_tokens,
+    ),
+    _counter(
+        "moved_cached_tokens",
+        "{token}",
+        "Tokens of cached runs copied to another place.",
+        lambda now: now.stats.moved_cached_tokens,
     ),
     _counter(
         "spills",
@@ -200,11 +213,72 @@ METRICS = (
         "Times that MLX copied a plane where it should write in place.",
         lambda now: now.stats.arena_copies,
     ),
+    _counter(
+        "prefix.queries",
+        "{query}",
+        "Admissions whose prompt was given as ids.",
+        lambda now: now.stats.queries,
+    ),
+    _counter(
+        "prefix.query_tokens",
+        "{token}",
+        "Tokens of prompts that were given as ids.",
+        lambda now: now.stats.query_tokens,
+    ),
+    _counter(
+        "prefix.hit_tokens",
+        "{token}",
+        "Tokens of these prompts that were there, and need not be computed.",
+        lambda now: now.stats.hit_tokens,
+    ),
+    _counter(
+        "prefix.revived_tokens",
+        "{token}",
+        "Tokens of hits that were continued where they were, without a copy.",
+        lambda now: now.stats.revived_tokens,
+    ),
+    _counter(
+        "prefix.misses",
+        "{query}",
+        "Queries that found less than there could be, by cause.",
+        lambda now: {
+            "cold": now.stats.misses_cold,
+            "evicted": now.stats.misses_evicted,
+            "salted": now.stats.misses_salted,
+            "partial": now.stats.misses_partial,
+            "disabled": now.stats.misses_disabled,
+        },
+        "cause",
+    ),
+    _counter(
+        "prefix.evictions",
+        "{block}",
+        "Cached blocks given away, by cause.",
+        lambda now: {
+            "room": now.stats.evictions_room,
+            "quota": now.stats.evictions_quota,
+            "duplicate": now.stats.evictions_duplicate,
+            "cleared": now.stats.evictions_cleared,
+        },
+        "cause",
+    ),
+    _counter(
+        "prefix.evicted_blocks",
+        "{block}",
+        "Cached blocks given away whose content is lost, whatever the cause.",
+        lambda now: now.stats.evicted_blocks,
+    ),
+    _counter(
+        "corrupt_chunks",
+        "{chunk}",
+        "Chunks that came back from a store as something else than what was put there.",
+        lambda now: now.stats.corrupt_chunks,
+    ),
     Metric(
         "kvcache.admission.duration",
         HISTOGRAM,
         "s",
-        "Time until admission; what neither waited nor moved counts as within the first bound, and 0 in the sum.",
+        "Time until admission; what neither waited, moved nor copied is within the first bound, and 0 in the sum.",
         "",
         lambda now: (LATENCY_BOUNDS, now.stats.admission_latencies, now.stats.admission_seconds),
     ),
@@ -286,6 +360,24 @@ QUEUE_METRICS = (
         "Sequences that were ended to make room.",
         _by_tenant("evicted"),
         "tenant",
+    ),
+    _counter(
+        "queue.swaps",
+        "{sequence}",
+        "Sequences that had to leave for a store to make room, by what became of them.",
+        lambda queue: {
+            (name, outcome): count
+            for name, tenant in queue.tenants.items()
+            for outcome, count in (("suspended", tenant.swapped), ("intact", tenant.swaps_failed))
+        },
+        ("tenant", "outcome"),
+    ),
+    _counter(
+        "queue.returns",
+        "{request}",
+        "Suspended sequences that were to come back, by what became of them.",
+        _outcomes("resumed", "resume_refused", None),
+        ("tenant", "outcome"),
     ),
     Metric(
         "kvcache.queue.wait",

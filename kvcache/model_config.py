@@ -78,10 +78,12 @@ def read_config(config, dtype=None, state_dtype=None):
     state, state_field = _dtype(
         fields, ("mamba_ssm_dtype", "mamba_ssm_cache_dtype"), USUAL_STATE_DTYPE, state_dtype
     )
+    layers = layers_of(fields)
+    fields.require_type()
     longest = fields.first("max_position_embeddings", "model_max_length", "n_positions", "max_seq_len")
     return ModelConfig(
         model_type=fields.model_type,
-        layers=layers_of(fields),
+        layers=layers,
         dtype=kept,
         dtype_field=kept_field,
         state_dtype=state,

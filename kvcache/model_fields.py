@@ -86,6 +86,16 @@ class Fields:
         if self.outer.get("is_encoder_decoder") or self.values.get("is_encoder_decoder"):
             self.refuse("is_encoder_decoder: only models that decode alone are known", "is_encoder_decoder")
 
+    def require_type(self):
+        """Refuse a config that reads well, of a model that nobody has named."""
+        if self.model_type is None:
+            self.refuse(
+                "model_type and architectures are both missing, so that it is not known what its layers keep: if they "
+                "are those of a known type, put that one's name into model_type",
+                "model_type",
+                "architectures",
+            )
+
     def _list(self, names):
         names = [self.prefix + name for name in names]
         return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")

@@ -14,6 +14,10 @@ def kv_heads(fields):
         inner = fields.inner("attn_config")
         if inner.has("kv_n_heads") or fields.model_type == "dbrx":
             return inner.count("kv_n_heads")
+        if inner.values.get("attn_type", "multihead_attention") != "multihead_attention":
+            inner.refuse(
+                "attn_type is not multihead_attention, and kv_n_heads is missing", "attn_type", "kv_n_heads"
+            )
     if fields.model_type == "gpt_bigcode" and fields.flag("multi_query", True):
         return 1
     if fields.model_type == "falcon" and not fields.flag("new_decoder_architecture"):

@@ -55,9 +55,9 @@ class Sight:
         """The blocks as a picture: a pixel a block, `width` to a row, in the order of the arena.
 
         Free blocks are white, or nearly black; cached ones, whose content may be found again, of a pale blue, or a
-        dark one; each sequence has a colour; a block that several share has half its holder's brightness; grey ones are
-        free when the last hold ends. Pixels of the last row that are no block are of a lighter grey, in a dark picture
-        of a darker one.
+        dark one, and those that a pin alone holds of a stronger blue; each sequence has a colour; a block that several
+        share has half its holder's brightness; grey ones are free when the last hold ends. Pixels of the last row that
+        are no block are of a lighter grey, in a dark picture of a darker one.
 
         Parameters
         ----------
@@ -86,9 +86,9 @@ class Sight:
     def check_health(self):
         """What an operator should hear of: a tuple of `Finding`, told to the logger ``kvcache`` once a minute each.
 
-        High fragmentation in paged placement, promises above 90 %, arrays of the arena that MLX has copied, and a queue
-        whose oldest waiter is older than its `warn_after`. Called by whoever exports metrics or the status, never by
-        the calls that serve.
+        High fragmentation in paged placement, promises above 90 %, arrays of the arena that MLX has copied, chunks that
+        a store has given back altered, and a queue whose oldest waiter is older than its `warn_after`. Called by
+        whoever exports metrics or the status, and by a request that has waited for that long.
         """
         return self._health.look(self)
 

@@ -210,7 +210,7 @@ class KVCacheSpec:
         return spec
 
     @classmethod
-    def from_model(cls, config, max_total_tokens, block_size=16, *, dtype=None):
+    def from_model(cls, config, max_total_tokens=None, block_size=16, *, dtype=None):
         """A spec for a model that Hugging Face publishes, from its config.
 
         Layers that keep no K and V (recurrent ones, or such that read what an earlier layer has kept) are not in it:
@@ -222,8 +222,9 @@ class KVCacheSpec:
         ----------
         config : dict, str or os.PathLike
             What is in a ``config.json``, its path, or the folder that it is in.
-        max_total_tokens, block_size : int
-            As in the constructor.
+        max_total_tokens : int, optional
+            As in the constructor; by default the longest context of the model: room for one such sequence.
+        block_size : int
         dtype : str, optional
             ``float32``, ``float16`` or ``bfloat16``; by default that of the model, bfloat16 if it does not say.
 
@@ -248,10 +249,15 @@ class KVCacheSpec:
             model.fields.refuse(
                 "no layer keeps K and V, so that there is nothing to make an arena for", "model_type"
             )
+        if max_total_tokens is None and model.max_position_embeddings is None:
+            model.fields.refuse(
+                "no field tells the longest context: give max_total_tokens", "max_position_embeddings"
+            )
         made = {
             planes: LayerSpec(PlaneSpec(*plane, model.dtype) for plane in planes) for planes in set(layers)
         }
-        return cls.from_layers([made[planes] for planes in layers], max_total_tokens, block_size)
+        tokens = model.max_position_embeddings if max_total_tokens is None else max_total_tokens
+        return cls.from_layers([made[planes] for planes in layers], tokens, block_size)
 
     def _fill(self, layers, max_total_tokens, block_size):
         object.__setattr__(self, "layers", layers)

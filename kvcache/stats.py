@@ -56,7 +56,8 @@ class CacheStats(NamedTuple):
         Admissions and forks that did not fit: too few blocks were free, or the free ones were promised to others.
         Among the latter are new limits and cuts that were refused.
     refused_growth, refused_past_limit : int
-        Appends that found no block (with `overcommit` above 1 only), and appends beyond the sequence's limit.
+        Appends that found no block (with `overcommit` above 1 only), and appends beyond the sequence's limit. What an
+        `AllocationQueue` refuses for lack of room, of these and of the two above, is counted by the queue alone.
     queries, query_tokens, hit_tokens : int
         Admissions whose prompt was given as ids, the tokens of these prompts, and those of them that were there.
     misses_cold, misses_evicted, misses_salted, misses_partial, misses_disabled : int
@@ -67,8 +68,8 @@ class CacheStats(NamedTuple):
         content (nothing is lost then), `clear_prefix_cache` said so.
     admission_latencies : tuple of int
         Admissions by how long they took: for each of `LATENCY_BOUNDS` those within it and beyond the one before, then
-        those beyond the last. Who was admitted at once, without a wait or a move, is not timed and counted as
-        within the first bound.
+        those beyond the last. Who was admitted at once, without a wait, a move or a copy, is not timed and counted
+        as within the first bound.
     admission_seconds : float
         What those that were timed took, together.
     mlx_active_bytes, mlx_peak_bytes, mlx_cache_bytes : int

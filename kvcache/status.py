@@ -18,7 +18,7 @@ from pathlib import Path
 
 from kvcache._version import __version__
 from kvcache.block_map import cells_of
-from kvcache.errors import KVCacheError
+from kvcache.errors import CacheClosed, Suspended
 from kvcache.health import promised_part
 
 MOST_CELLS = 2048  # of the block map
@@ -57,6 +57,7 @@ def snapshot(cache):
         "block_size": cache.spec.block_size,
         "stats": stats._asdict(),
         "promised": promised_part(stats, cache.overcommit),
+        "hit_rate": stats.hit_tokens / stats.query_tokens if stats.query_tokens else None,
         "findings": [finding.message for finding in cache.check_health()],
         "block_map": {"blocks_per_cell": per_cell, "cells": cells.tolist()},
         "sequences": list(_sequences(cache, owners)),
@@ -87,23 +88,32 @@ def _queue(stats):
 
 
 def _sequences(cache, owners):
-    """The oldest sequences: id, tokens, limit, whether it is one run, and its place in the block map or None."""
+    """The oldest sequences: id, tokens, limit, whether it is one run and in the arena, its place in the map or None."""
     for request_id in list(cache)[:MOST_SEQUENCES]:
         try:
-            slot, tokens, _ = cache._locate(request_id)
-            limit = cache.limit(request_id)
-            table = cache.block_table(request_id) if slot < 0 else None
+            tokens, limit = cache.used_tokens(request_id), cache.limit(request_id)
+            contiguous, place = _place(cache, owners, request_id)
+            suspended = False
+        except Suspended:
+            contiguous, place, suspended = True, None, True
         except KeyError:
             continue  # freed since
-        block = slot // cache.spec.block_size if table is None else int(table[0])
-        place = int(owners[block]) & (1 << 30) - 1 if tokens and owners[block] >= 0 else None
         yield {
             "id": _shown(request_id),
             "tokens": tokens,
             "limit": limit,
-            "contiguous": slot >= 0,
+            "contiguous": contiguous,
+            "suspended": suspended,
             "place": place,
         }
+
+
+def _place(cache, owners, request_id):
+    """Whether a sequence is one run, and its place in the block map, None where it has no block there."""
+    slot, tokens, _ = cache._locate(request_id)
+    blocks = [slot // cache.spec.block_size] if slot >= 0 else cache.block_table(request_id)[:1].tolist()
+    owner = int(owners[blocks[0]]) if tokens and blocks else -1
+    return slot >= 0, owner & (1 << 30) - 1 if owner >= 0 else None
 
 
 def _shown(request_id):
@@ -131,7 +141,7 @@ class _Look:
                 return text
             try:
                 text = json.dumps(snapshot(cache)).encode()
-            except KVCacheError:  # closed since
+            except CacheClosed:
                 return None
             self._seen = self._clock(), text
             return text

@@ -1,4 +1,4 @@
-"""A store in host memory: fixed slots, the least recently used one given away first."""
+"""A store in host memory: fixed slots, or as much as each string has; the least recently used is given away first."""
 
 import threading
 
@@ -11,29 +11,32 @@ from kvcache.store import Outcome, SettledJob, checked_buffers, checked_keys
 class MemoryStore:
     """A `kvcache.store.ChunkStore` in this process's memory.
 
-    Memory is taken slot by slot as it is needed, kept for what comes next, and never more than `max_bytes`. A call
-    copies (without the GIL) and returns a job that is over.
+    Memory is taken as it is needed, and never more than `max_bytes`. A call copies (without the GIL) and returns a job
+    that is over.
 
     Parameters
     ----------
-    max_bytes, slot_bytes : int
-        There are ``max_bytes // slot_bytes`` slots, each for one key; a longer string than a slot is `FULL`.
+    max_bytes : int
+    slot_bytes : int, optional
+        There are ``max_bytes // slot_bytes`` slots, each for one key, kept for what comes next; a longer string than a
+        slot is `FULL`. Without it each string takes what it has, and its memory is given back when it goes: for strings
+        of many lengths.
     evict : bool
         Whether a full store gives away its least recently used key. If not, `put` says `FULL`: what has been put
         stays until it is deleted.
     """
 
-    def __init__(self, max_bytes, slot_bytes, *, evict=True):
-        self.slot_bytes = whole_number(slot_bytes, "slot_bytes")
+    def __init__(self, max_bytes, slot_bytes=None, *, evict=True):
         self.max_bytes = whole_number(max_bytes, "max_bytes")
-        self.num_slots = self.max_bytes // self.slot_bytes
+        self.slot_bytes = None if slot_bytes is None else whole_number(slot_bytes, "slot_bytes")
+        self.num_slots = None if slot_bytes is None else self.max_bytes // self.slot_bytes
         if self.num_slots == 0:
             raise ValueError(f"max_bytes is {max_bytes}, one slot alone has {slot_bytes}")
         self._evicts = bool(evict)
         self._lock = threading.Lock()
         self._slots = {}  # key -> (slot, bytes in it), the least recently used first
         self._vacant = []  # slots that hold nothing, for whoever is next
-        self._num_made = 0  # slots that there are, those in the hands of a put included
+        self._bytes_made = 0  # of the slots that there are, those in the hands of a put included
         self._closed = False
 
     def __len__(self):
@@ -70,7 +73,7 @@ class MemoryStore:
         """Let the memory go."""
         with self._lock:
             self._closed = True
-            self._slots, self._vacant, self._num_made = {}, [], 0
+            self._slots, self._vacant, self._bytes_made = {}, [], 0
 
     def _known(self, known):
         if self._closed:
@@ -79,17 +82,22 @@ class MemoryStore:
 
     def _forget(self, key):
         slot = self._slots.pop(key, None)
-        if slot is not None:
+        if slot is None:
+            return False
+        if self.slot_bytes is None:
+            self._bytes_made -= slot[1]
+        else:
             self._vacant.append(slot[0])
-        return slot is not None
+        return True
 
     def _put(self, key, buffer):
-        if buffer.nbytes > self.slot_bytes:
+        size = buffer.nbytes if self.slot_bytes is None else self.slot_bytes
+        if not buffer.nbytes <= size <= self.max_bytes:
             return Outcome.FULL
         with self._lock:
             if self._closed:
                 return Outcome.FAILED
-            slot = self._take_slot()
+            slot = self._take_slot(size)
         if slot is None:
             return Outcome.FULL
         np.copyto(slot[: buffer.nbytes], np.frombuffer(buffer, np.uint8))  # nobody else knows the slot yet
@@ -100,20 +108,19 @@ class MemoryStore:
             self._slots[key] = slot, buffer.nbytes
         return Outcome.OK
 
-    def _take_slot(self):
+    def _take_slot(self, size):
+        while not self._vacant and self._bytes_made + size > self.max_bytes:
+            if not (self._evicts and self._slots):
+                return None
+            self._forget(next(iter(self._slots)))
         if self._vacant:
             return self._vacant.pop()
-        if self._num_made < self.num_slots:
-            try:
-                slot = np.empty(self.slot_bytes, np.uint8)
-            except MemoryError:
-                return None
-            self._num_made += 1
-            return slot
-        if not (self._evicts and self._slots):
+        try:
+            slot = np.empty(size, np.uint8)
+        except MemoryError:
             return None
-        oldest = next(iter(self._slots))
-        return self._slots.pop(oldest)[0]
+        self._bytes_made += size
+        return slot
 
     def _get(self, key, buffer):
         with self._lock:  # also over the copy: the slot may be given away otherwise

@@ -193,9 +193,7 @@ class Carrier:
         self._bytes_per_token = spec.bytes_per_token
         self._slot_bytes = slot_bytes_of(spec)
         self._num_slots = NUM_STAGED if staging_bytes is None else staging_bytes // self._slot_bytes
-        self._most_kept = 2 * -(
-            -spec.num_blocks * spec.block_size // self._chunk_tokens
-        )  # chunks in host memory
+        self._most_kept = 2 * (spec.arena_bytes + spec.num_blocks * PAGE)  # in host memory, with envelopes
         self.pace = Pace(store_rate)
         self.corrupt_chunks = 0
         self._number = 0  # of the suspension before
@@ -257,7 +255,7 @@ class Carrier:
             self._staging = Staging(self._slot_bytes, self._num_slots)
         if store is None:
             if self._own is None:  # what is suspended is never given away: a full one says so
-                self._own = MemoryStore(self._most_kept * self._slot_bytes, self._slot_bytes, evict=False)
+                self._own = MemoryStore(self._most_kept, evict=False)
             return self._own
         if not any(each is store for each in self._stores):
             store.register(self._staging.memory)

@@ -2,26 +2,31 @@
 
 from itertools import groupby
 
+import numpy as np
 from rich.console import Group
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from kvcache.block_map import CACHED, FREE, SHARED, WAITING, colours_of
+from kvcache.block_map import CACHED, FREE, PINNED, SHARED, WAITING, cells_of, colours_of
 
 MIB = 2**20
-MOST_ROWS = 12  # of sequences
+BAR = 16  # columns
+BESIDE = 3  # columns between two tables
+LEAST_NAME = 7  # columns of a sequence's id, however little room there is
 MOST_TENANTS = 3  # of a queue
+LEAST_MAP = 2  # lines that the map has left, however little room there is
+AROUND = 6  # lines: above and below everything, above the map its legend and one more, above the tables one, headings
 OUTCOMES = (  # of a queue's requests: heading, and which of the counts
     ("granted", lambda queue: queue["granted"]),
-    ("timed out", lambda queue: queue["refused"].get("timeout", 0)),
+    ("timeout", lambda queue: queue["refused"].get("timeout", 0)),
     ("cancelled", lambda queue: queue["refused"].get("cancelled", 0)),
     ("refused", lambda queue: sum(queue["refused"].values()) - _ended_waiting(queue) + queue["failed"]),
     ("evicted", lambda queue: queue["evicted"]),
 )
-LEGEND = "· free, ▂ cached, ░ waits for a hold, ▒ shared"
-NOT_HELD = {FREE: "·", CACHED: "▂", WAITING: "░"}
+NOT_HELD = {FREE: "·", CACHED: "▂", PINNED: "▄", WAITING: "░"}  # by sequences
+LEGEND = "· free  ▂ cached  ▄ pinned  ░ waits for a hold  ▒ shared"
 RATES = (
     ("admitted", "admissions"),
     ("freed", "frees"),
@@ -34,10 +39,11 @@ RATES = (
     ("tokens copied", "copied_tokens"),
     ("prompt tokens", "query_tokens"),
     ("of these cached", "hit_tokens"),
+    ("blocks evicted", "evicted_blocks"),
 )
 
 
-def frame(now, last, width):
+def frame(now, last, width, height=None):
     """A panel.
 
     Parameters
@@ -46,20 +52,30 @@ def frame(now, last, width):
         Snapshots; without a last one there are no rates.
     width : int
         Columns of the terminal.
+    height : int, optional
+        Its lines: with few of them the map is coarser, and what has never been counted is left out.
     """
-    parts = [_arena(now), Text(), _map(now["block_map"]["cells"], max(16, width - 4)), Text()]
-    parts += [Text(f"! {finding}", style="yellow") for finding in now["findings"]]
-    parts.append(_columns(_rates(now, last), _sequences(now)))
-    if now.get("queues"):
-        parts += [Text(), _queues(now, last)]
+    columns = max(16, width - 4)
+    findings = [Text(f"! {finding}", style="yellow") for finding in now["findings"]]
+    queues = [Text(), _queues(now, last)] if now.get("queues") else []
+    arena = _arena(now, last)
+    rates, lines = RATES, None
+    if height is not None:
+        said = sum(-(-finding.cell_len // columns) for finding in findings)
+        used = AROUND + arena.row_count + said + (2 + queues[1].row_count if queues else 0)
+        rates = _rates_within(height - used - LEAST_MAP, now)
+        lines = max(LEAST_MAP, height - used - len(rates))
+    parts = [arena, Text(), *_map(now["block_map"], columns, lines), Text(), *findings]
+    counts = _rates(now, last, rates)
+    beside = _sequences(now, len(rates), columns - BESIDE - _width_of(counts))
+    parts += [_columns(_table(counts), _table(beside)), *queues]
     title = f"kvcache {now['kvcache']}, process {now['pid']}, {now['placement']}, {now['backend']}"
     return Panel(Group(*parts), title=Text(title), border_style="dim")
 
 
-def _arena(now):
+def _arena(now, last):
     stats = now["stats"]
     bars = Table.grid(padding=(0, 1))
-    per_cell = now["block_map"]["blocks_per_cell"]
     for name, part, text in (
         (
             "used",
@@ -73,19 +89,46 @@ def _arena(now):
             f"{now['promised']:.0%}: {stats['claimed_blocks']:,} blocks claimed beyond those used",
         ),
         (
+            "cached",
+            stats["cached_blocks"] / stats["total_blocks"],
+            f"{stats['cached_blocks']:,} blocks; {stats['pinned_blocks']:,} pinned; "
+            f"{stats['suspended_sequences']:,} sequence{'' if stats['suspended_sequences'] == 1 else 's'} suspended",
+        ),
+        ("hits", *_hits(stats, last and last["stats"])),
+        (
             "peak",
             stats["peak_used_blocks"] / stats["total_blocks"],
             f"{stats['peak_used_blocks']:,} blocks, {stats['peak_sequences']:,} sequences; "
             f"fragmentation now {stats['fragmentation']:.2f}",
         ),
     ):
-        bars.add_row(name, ProgressBar(total=1, completed=min(part, 1), width=24), text)
-    bars.add_row("map", "", f"{per_cell} block{'s' if per_cell > 1 else ''} a cell, {LEGEND}")
+        bars.add_row(name, ProgressBar(total=1, completed=min(part, 1), width=BAR), text)
     return bars
 
 
-def _map(cells, width):
-    """A cell a character; a sequence in one colour."""
+def _hits(stats, before):
+    """Which part of the prompts was there, as a number and in words."""
+    if not stats["query_tokens"]:
+        return 0.0, "no prompt was given as ids"
+    part = stats["hit_tokens"] / stats["query_tokens"]
+    text = f"{part:.0%} of prompt tokens since the start"
+    asked = stats["query_tokens"] - before["query_tokens"] if before else 0
+    if asked > 0:
+        text += f", {(stats['hit_tokens'] - before['hit_tokens']) / asked:.0%} now"
+    return part, text
+
+
+def _map(block_map, width, lines):
+    """What the signs mean, and a cell a character, in at most so many lines; a sequence has one colour."""
+    cells, per_cell = block_map["cells"], block_map["blocks_per_cell"]
+    if lines is not None and len(cells) > lines * width:
+        more, merged = cells_of(np.array(cells, np.int32), lines * width)
+        cells, per_cell = merged.tolist(), per_cell * more
+    legend = f"{per_cell} block{'s' if per_cell > 1 else ''} a cell  {LEGEND}"
+    return Text(legend, style="dim"), _drawn(cells, width)
+
+
+def _drawn(cells, width):
     text = Text(no_wrap=True)
     for start in range(0, len(cells), width):
         for cell, same in groupby(cells[start : start + width]):
@@ -104,36 +147,67 @@ def _style(place):
     return f"rgb({red},{green},{blue})"
 
 
-def _rates(now, last):
-    table = Table(show_edge=False, pad_edge=False, box=None)
-    for heading in ("", "in all", "per second"):
-        table.add_column(heading, justify="right" if heading else "left")
+def _rates_within(lines, now):
+    """Those that so many lines have room for: what has been counted before what has not, in order."""
+    counted = [each for each in RATES if now["stats"][each[1]]]
+    others = [each for each in RATES if not now["stats"][each[1]]]
+    kept = (counted + others)[: max(0, lines)]
+    return [each for each in RATES if each in kept]
+
+
+def _rates(now, last, shown):
+    """Rows of cells, the headings first."""
+    rows = [("", "in all", "a second")]
     seconds = now["seconds"] - last["seconds"] if last else 0
-    for name, field in RATES:
+    for name, field in shown:
         count = now["stats"][field]
         rate = f"{(count - last['stats'][field]) / seconds:,.1f}" if seconds > 0 else ""
-        table.add_row(name, f"{count:,}", rate)
-    return table
+        rows.append((name, f"{count:,}", rate))
+    return rows
 
 
-def _sequences(now):
-    table = Table(show_edge=False, pad_edge=False, box=None)
-    for heading in ("oldest sequences", "tokens", "limit", ""):
-        table.add_column(heading, justify="left" if heading == "oldest sequences" else "right", no_wrap=True)
-    shown = now["sequences"][:MOST_ROWS]
+def _sequences(now, lines, columns):
+    """Rows of cells, of the oldest ones; where there are more than lines, the last one says how many."""
+    told = max(len(now["sequences"]), now["stats"]["num_sequences"])
+    shown = now["sequences"][: lines if told <= lines else max(0, lines - 1)]
+    rows = [("sequences", "tokens", "limit", "")]
     for each in shown:
-        name = Text("█ ", style="dim" if each["place"] is None else _style(each["place"]))
-        name.append(_printable(each["id"]).plain, style="default")
-        state = "" if each["contiguous"] else "scattered"
-        table.add_row(name, f"{each['tokens']:,}", f"{each['limit']:,}", state)
-    more = now["stats"]["num_sequences"] - len(shown)
-    if more > 0:
-        table.add_row(Text(f"and {more:,} more", style="dim"))
+        state = "suspended" if each.get("suspended") else "" if each["contiguous"] else "scattered"
+        rows.append(("█ ", f"{each['tokens']:,}", f"{each['limit']:,}", state))
+    most = max(LEAST_NAME, columns - _width_of(rows) + len("sequences") - len("█ "))
+    rows[1:] = [(_named(each, most), *row[1:]) for each, row in zip(shown, rows[1:], strict=True)]
+    if told > len(shown):
+        rows.append((Text(f"and {told - len(shown):,} more", style="dim"), "", "", ""))
+    return rows
+
+
+def _named(each, most):
+    """A sequence's colour and its id, without the middle where it is too long."""
+    text = _printable(each["id"]).plain
+    if len(text) > most:
+        end = most // 2
+        text = f"{text[: most - 1 - end]}…{text[-end:]}"
+    name = Text("█ ", style="dim" if each["place"] is None else _style(each["place"]))
+    return name.append(text, style="default")
+
+
+def _table(rows):
+    """The first column to the left, numbers to the right."""
+    table = Table(show_edge=False, pad_edge=False, box=None)
+    for number, heading in enumerate(rows[0]):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+    for row in rows[1:]:
+        table.add_row(*row)
     return table
+
+
+def _width_of(rows):
+    """Columns that a table of these cells takes."""
+    return sum(max(len(row[column]) for row in rows) + 2 for column in range(len(rows[0]))) - 2
 
 
 def _columns(left, right):
-    both = Table.grid(padding=(0, 3))
+    both = Table.grid(padding=(0, BESIDE))
     both.add_row(left, right)
     return both
 
@@ -157,7 +231,7 @@ def _queues(now, last):
         if queue["name"] in before and seconds > 0:
             then = before[queue["name"]]
             rates = [f"{(count(queue) - count(then)) / seconds:,.1f}" for _, count in OUTCOMES]
-            table.add_row("  per second", "", "", *rates, style="dim")
+            table.add_row("  a second", "", "", *rates, style="dim")
         for tenant in queue["tenants"][:MOST_TENANTS] if len(queue["tenants"]) > 1 else ():
             name = Text("  ").append_text(_printable(tenant["name"] or "(no tenant)"))
             counts = [f"{count(tenant):,}" for _, count in OUTCOMES]

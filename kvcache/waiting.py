@@ -149,6 +149,13 @@ class Line:
                 nodes += (node + 1, node)
         return None
 
+    def first_that_may(self, total, first):
+        """The earliest waiter that is content with so many blocks, and with what its tenant may have."""
+        waiting = [each for each in self.places if each is not None]
+        return next(
+            (each for each in waiting if each.total <= min(total, each.room) and each.first <= first), None
+        )
+
     def entry_now(self):
         """What `entry` is to be: None if there is nobody in it whom its tenant leaves room for."""
         total, tenant = self.totals[1], self.tenant
@@ -248,6 +255,8 @@ class Level:
             self.enter(next(iter(self.changed)))
         for line in self.tree.fitting(unclaimed, free):
             found = line.first_that_fits(min(unclaimed, line.room), free)
+            if found and found.total > found.room:  # its tenant also pays for what it shares
+                found = line.first_that_may(unclaimed, free)
             if found:
                 return found  # else one needs few blocks at once, another one few in all
         return None
@@ -284,6 +293,7 @@ class Waiters:
         self.levels = Needs()  # by their ranks, with what nobody there has ever needed less than
         self.by_rank = {}
         self.young = Counts()  # lines by the number of their first, not known to be old: overtaken how often
+        self.old = []  # (number, waiter) of all other lines, in order of arrival
         self.kept_for = []  # what tenants have as `kept_for`, in order of arrival
         self.changed = {}  # tenant -> None: what it holds, or what its first old one needs
         self.count = 0
@@ -317,6 +327,13 @@ class Waiters:
         waiter.line = line
         waiter.tenant.waiting += 1
         self.count += 1
+
+    def first(self):
+        """The one in lines that came first; None where nobody is."""
+        heads = [self.old[0][1]] if self.old else []
+        if self.young:
+            heads.append(self.young.first().head)
+        return min(heads, key=lambda each: each.number, default=None)
 
     def lead(self, waiter):
         """Before all lines, and in its own as well if it is in one."""
@@ -383,8 +400,8 @@ class Waiters:
         """Another one is the first of the line, or nobody."""
         if line.is_old:
             line.is_old = False
-            old = line.tenant.old
-            del old[bisect_left(old, (waiter.number,))]
+            for old in self.old, line.tenant.old:
+                del old[bisect_left(old, (waiter.number,))]
             self._review(line.tenant)
         else:
             self.young.take(waiter.number)
@@ -411,7 +428,8 @@ class Waiters:
                 return
             self.young.take(line.head.number)
             line.is_old = True
-            insort(line.tenant.old, (line.head.number, line.head))
+            for old in self.old, line.tenant.old:
+                insort(old, (line.head.number, line.head))
             self._review(line.tenant)
 
     def _review(self, tenant):
@@ -445,6 +463,9 @@ class Waiters:
         if dict(list(self.levels)) != self.by_rank or lines != self.lines:
             raise KVCacheError(f"levels {list(self.levels)} have lines {lines}, there are {self.lines}")
         young = [(line.head.number, line) for line in self.lines.values() if not line.is_old]
+        old = sorted([(line.head.number, line.head) for line in self.lines.values() if line.is_old])
+        if self.old != old:
+            raise KVCacheError(f"old are {old}, the list has {self.old}")
         if dict(list(self.young)) != dict(young):
             raise KVCacheError(f"young are {young}, the tree has {list(self.young)}")
         count = sum([line.count for line in self.lines.values()]) + sum(

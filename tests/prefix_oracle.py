@@ -268,10 +268,10 @@ class PrefixModel(Model):
             block = sequence.blocks[position // self.block_size]
             if position < len(names.known):
                 said = names.known[position]
-            elif not self.is_shared(block):
-                continue
             elif block in self.entry_of:
                 said = self.entry_of[block].ids[position % self.block_size]
+            elif not self.is_shared(block):
+                continue
             else:
                 said = self.said.get((block, position % self.block_size), token)
             if said != token:

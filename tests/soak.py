@@ -1,10 +1,12 @@
-"""A storm over a queue and its cache: threads, tasks, evictions, forks, cuts, holds, and cancellations at any point.
+"""A storm over a queue and its cache, with cancellations at any point.
 
     python -X dev -X faulthandler tests/soak.py --seconds 120
 
-Every sequence's K and V are compared with what its client has written; at the end nothing may be left, and every
-request has to be accounted for. If nothing finishes for 30 s, the stacks of all threads are printed, and it ends.
-The last line is a JSON object of what has happened. `tests/test_soak.py` runs it for a few seconds.
+Threads and tasks that come and go, with prompts in common or without, evictions, swaps to stores that fill up, fail
+and damage what they keep, forks, cuts, pins and holds. Every sequence's K and V are compared with what belongs there;
+at the end nothing may be left, in the arena or in a store, and every request has to be accounted for. If nothing
+finishes for 30 s, the stacks of all threads are printed, and it ends. The last line is a JSON object of what has
+happened. `tests/test_soak.py` runs it for a few seconds.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import itertools
 import json
 import logging
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -22,10 +25,20 @@ from random import Random
 
 import numpy as np
 
-from kvcache import CacheFull, KVCache, KVCacheError, UnknownSequence
-from kvcache.admission import AllocationQueue, Evict, Reduce, Reject, TenantLimit, Wait
+from kvcache import CacheFull, KVCache, KVCacheError, UnknownSequence, chunks
+from kvcache.admission import AllocationQueue, Evict, Reduce, Reject, Swap, TenantLimit, Wait
+from kvcache.errors import Suspended
+from kvcache.store import Outcome, SettledJob
+from kvcache.store_files import DirectoryStore
+from kvcache.store_memory import MemoryStore
 
 BLOCKS, SIZE, WIDTH = 32, 4, 2
+FAMILIES, SALTS = 3, [None, "a", "b", "small"]  # prompts of a family begin alike; a tenant's name is its salt
+FIRST_OWN, SALTED = (
+    1 << 10,
+    1 << 21,
+)  # token ids from here on are in one prompt only; K of a token under the next salt
+CHUNK = 2 * SIZE * 2 * WIDTH * 4  # bytes: two blocks
 STILL_SECONDS = 30  # without anything that finishes
 WEATHERS = (  # of the cache
     {"placement": "contiguous"},
@@ -40,10 +53,41 @@ class Objection(Exception):
     """An owner does not let its sequence be ended."""
 
 
+class BadDisk:
+    """A store that fails now and then, in every way that a store can."""
+
+    def __init__(self, inner, seed, note):
+        self.inner, self.draw, self.note = inner, Random(seed), note
+
+    def put(self, keys, buffers, *, timeout):
+        fate = self.draw.random()
+        if fate < 0.05:
+            self.note("writes that raised")
+            raise OSError(28, "No space left on device")
+        if fate < 0.1:
+            self.note("writes that failed")
+            return SettledJob([Outcome.FAILED])
+        return self.inner.put(keys, buffers, timeout=timeout)
+
+    def get(self, keys, buffers, *, timeout):
+        fate = self.draw.random()
+        if fate < 0.05:
+            self.note("reads that raised")
+            raise OSError(5, "Input/output error")
+        job = self.inner.get(keys, buffers, timeout=timeout)
+        if fate < 0.1 and job.wait(timeout) and list(job.outcomes()) == [Outcome.OK]:
+            self.note("damaged chunks")
+            buffers[0][self.draw.randrange(len(buffers[0]))] ^= 1
+        return job
+
+    def __getattr__(self, name):  # register, contains, delete, close
+        return getattr(self.inner, name)
+
+
 class Storm:
     """One cache, its queue, and everybody who wants something of it."""
 
-    def __init__(self, seed, seconds, options):
+    def __init__(self, seed, seconds, options, folder):
         self.seed, self.until = seed, time.monotonic() + seconds
         self.cache = KVCache(1, 1, WIDTH, BLOCKS * SIZE, SIZE, **options)
         self.queue = AllocationQueue(
@@ -59,6 +103,9 @@ class Storm:
         self.finished = 0
         self.counting = threading.Lock()
         self.faults = []
+        self.memory = MemoryStore(6 << 13, 1 << 13, evict=False)  # six chunks
+        self.disk = DirectoryStore(folder, 8 << 13, evict=False)
+        self.stores = [None, self.memory, BadDisk(self.disk, f"{seed} disk", self.note)]
 
     @property
     def over(self):
@@ -74,7 +121,7 @@ class Storm:
         """Until the time is over and everybody has gone home."""
         works = [lambda n=n: Client(self, n).run() for n in range(THREADS)]
         works += [lambda n=n: asyncio.run(self.run_tasks(100 + n)) for n in range(LOOPS)]
-        works += [lambda: self.hold(200), lambda: self.look(300)]
+        works += [lambda: self.hold(200), lambda: self.look(300), lambda: self.pin(400)]
         threads = [threading.Thread(target=self.guarded, args=(work,), daemon=True) for work in works]
         for thread in threads:
             thread.start()
@@ -130,15 +177,39 @@ class Storm:
             self.note("looks")
             time.sleep(draw.random() / 100)
 
+    def pin(self, number):
+        draw = Random(f"{self.seed} {number}")
+        while not self.over:
+            salt, ids = draw.choice(SALTS), family(draw.randrange(FAMILIES))[: draw.randint(SIZE, 16)]
+            if self.cache.pin(tokens=ids, salt=salt):
+                self.note("pins")
+                time.sleep(draw.random() / 200)
+                self.cache.unpin(tokens=ids, salt=salt)
+            time.sleep(draw.random() / 100)
+
+    def settle(self):
+        """What is still on its way to a store ends, and what has been deleted there goes."""
+        end = time.monotonic() + STILL_SECONDS
+        while self.cache.stats().used_blocks or len(self.memory) or self.disk.used_bytes:
+            assert time.monotonic() < end, (self.cache.stats(), len(self.memory), self.disk.used_bytes)
+            time.sleep(0.01)
+
     def account(self):
         """Nothing is left, and whoever came was granted or refused, once."""
         queue, cache = self.queue, self.cache
+        self.settle()
         queue.poke()
         assert (len(queue), list(cache), cache.stats().waiting_requests) == (0, [], 0)
         assert not queue._live and not queue._ids and not queue._notes and not list(queue._waiters)
         assert all(each.blocks == each.sequences == each.waiting == 0 for each in queue._accounts.values())
         stats = cache.stats()
         assert (stats.used_blocks, stats.claimed_blocks, stats.waiting_blocks) == (0, 0, 0)
+        assert stats.suspended_sequences == stats.pinned_blocks == 0
+        assert (
+            stats.corrupt_chunks <= self.happened["damaged chunks"]
+        )  # one that nobody waits for is not verified
+        self.happened["corrupt chunks"] += stats.corrupt_chunks
+        self.happened["hit tokens"] += stats.hit_tokens
         assert (stats.free_blocks, stats.allocated_bytes) == (BLOCKS, 0)
         assert stats.admissions == stats.frees
         cache.check()
@@ -147,30 +218,57 @@ class Storm:
             for outcome, count in {"granted": each.granted, "failed": each.failed, **each.refused}.items():
                 self.happened[outcome] += count
             self.happened["evicted"] += each.evicted
+            self.happened["swapped"] += each.swapped
+            self.happened["swaps failed"] += each.swaps_failed
+            self.happened["resumed"] += each.resumed
             self.happened["grown after all"] += each.grown
             assert (each.waiting, each.sequences, each.blocks) == (0, 0, 0)
         answered = sum(each.granted + each.failed + sum(each.refused.values()) for each in told)
         assert answered == self.happened["requests"], (answered, self.happened["requests"])
         assert self.happened["evicted"] <= self.happened["owners told"]
+        assert self.happened["swapped"] == self.happened["told suspended"]
+        assert self.happened["swaps failed"] == self.happened["told intact"]
         queue.close()
         cache.close()
+        self.disk.close(STILL_SECONDS)
+
+
+def family(number):
+    """Token ids that prompts of this family begin with."""
+    return list(range(64 * number, 64 * number + 48))
 
 
 class Visit:
-    """One request of a client, and what its sequence has to hold."""
+    """One request of a client, and what its sequence has to hold.
+
+    Where its tokens are known K is told by a token's id and the salt, so that what others have left is right, too.
+    """
 
     def __init__(self, storm, draw, number):
         self.storm, self.draw = storm, draw
         self.request_id = (number, next(storm.numbers))
         self.evicted = False
-        self.prompt = draw.randint(1, 40)
-        self.tenant = draw.choice([None, "a", "b", "small"])
+        self.tenant = draw.choice(SALTS)
+        self.is_named = draw.random() < 0.6
+        count = draw.randint(1, 40)
+        self.held = self.values(count)  # K of its tokens, as it has to be
+        if self.is_named:
+            alike = family(draw.randrange(FAMILIES))[: draw.randint(0, count)]
+            self.held[: len(alike)] = np.array(alike) + self.shift
+        self.written = 0  # tokens whose K and V are surely there
+        self.prompt = self.named(self.held)
         self.options = {
             "max_new_tokens": draw.randint(0, 24),
             "tenant": self.tenant,
+            "salt": self.tenant,
             "priority": draw.randint(0, 2),
             "on_evict": self.tell,
+            "on_swap": self.tell_of_swap,
         }
+
+    @property
+    def shift(self):
+        return SALTS.index(self.tenant) * SALTED
 
     def tell(self, request_id):
         """Called by whoever needs the memory, from any thread."""
@@ -179,6 +277,13 @@ class Visit:
             raise Objection
         self.evicted = True
         self.storm.note("owners told")
+
+    def tell_of_swap(self, request_id, event):
+        """Called as `tell`, and when the transfer has ended."""
+        assert request_id == self.request_id
+        if event == "leaving" and hash(request_id) % 17 == 0:
+            raise Objection
+        self.storm.note(f"told {event}")
 
     def strategy(self):
         draw = self.draw
@@ -192,18 +297,47 @@ class Visit:
                 Wait(0.002) | Evict("lru"),
                 Evict("priority") | Wait(0.01),
                 Wait(0.001) | Evict(lambda ids: draw.choice([None, *ids])),
+                Swap(draw.choice(self.storm.stores)),
+                Reduce(8) | Wait(0.002) | Swap(draw.choice(self.storm.stores), "priority") | Evict(),
+                Swap(draw.choice(self.storm.stores), lambda ids: draw.choice([None, *ids])) | Wait(0.01),
             ]
         )
 
+    def growth_strategy(self):
+        store = self.draw.choice(self.storm.stores)
+        return self.draw.choice(
+            [Reject(), Wait(0.005), Evict(), Wait(0.001) | Evict("priority"), Swap(store) | Wait(0.002)]
+        )
+
     def values(self, tokens):
-        """What a client writes for so many tokens: no two of a storm's are alike."""
-        return np.array([next(self.storm.numbers) % 2**24 for _ in range(tokens)], np.float32)
+        """K for so many tokens of its own: no two of a storm's are alike for a long time."""
+        own = [FIRST_OWN + next(self.storm.numbers) % (SALTED - FIRST_OWN) for _ in range(tokens)]
+        return np.array(own, np.float32) + (self.shift if self.is_named else 0)
 
-    def write(self, request_id, values, start):
-        planes = np.broadcast_to(values[None, :, None], (1, len(values), WIDTH))
-        self.storm.cache.write(request_id, 0, planes.copy(), -planes, start=start)
+    def named(self, values):
+        """As a prompt, or as what is appended: ids, or a count."""
+        return (values - self.shift).astype(int).tolist() if self.is_named else len(values)
 
-    def compare(self, request_id, values):
+    def grow(self, more):
+        """They have been appended."""
+        self.held = np.concatenate([self.held, more])
+        self.write()
+        self.storm.note("appends")
+
+    def write(self):
+        """What has not been written."""
+        self.write_to(self.request_id, self.held[self.written :], self.written)
+        self.written = len(self.held)
+
+    def write_to(self, request_id, values, start):
+        if len(values):
+            planes = np.broadcast_to(values[None, :, None], (1, len(values), WIDTH))
+            self.storm.cache.write(request_id, 0, planes.copy(), -planes, start=start)
+
+    def compare(self):
+        self.compare_with(self.request_id, self.held)
+
+    def compare_with(self, request_id, values):
         cache = self.storm.cache
         with cache.hold():
             k, v = cache.get_kv_views(request_id, 0)
@@ -211,42 +345,57 @@ class Visit:
             assert (k == values[None, :, None]).all() and (v == -values[None, :, None]).all()
         self.storm.note("comparisons")
 
-    # ---- what may become of a live sequence: each is given what it holds, and returns what it holds then
+    # ---- what may become of a live sequence
 
-    def look(self, values):
-        self.compare(self.request_id, values)
-        return values
+    def cut(self):
+        kept = self.draw.randint(0, len(self.held))
+        if self.storm.cache.truncate(self.request_id, kept):
+            self.held, self.written = self.held[:kept], min(self.written, kept)
+            self.storm.note("cuts")
 
-    def cut(self, values):
-        kept = self.draw.randint(0, len(values))
-        if not self.storm.cache.truncate(self.request_id, kept):
-            return values
-        self.storm.note("cuts")
-        return values[:kept]
-
-    def lower(self, values):
-        limit = max(len(values), self.storm.cache.limit(self.request_id) - self.draw.randint(0, 4), 1)
+    def lower(self):
+        limit = max(len(self.held), self.storm.cache.limit(self.request_id) - self.draw.randint(0, 4), 1)
         self.storm.cache.set_limit(self.request_id, limit)
-        return values
 
-    def branch(self, values):
+    def branch(self):
         cache, twin = self.storm.cache, (*self.request_id, next(self.storm.numbers))
         if not cache.fork(self.request_id, twin):
-            return values
+            return
         try:
-            self.compare(twin, values)
+            self.compare_with(twin, self.held)
             if cache.append_tokens(twin, 2):
                 more = self.values(2)
-                self.write(twin, more, len(values))
-                self.compare(twin, np.concatenate([values, more]))
-            self.compare(self.request_id, values)
+                self.write_to(twin, more, len(self.held))
+                self.compare_with(twin, np.concatenate([self.held, more]))
+            self.compare()
             self.storm.note("forks")
         finally:
             assert cache.free_for(twin)
-        return values
 
-    # another way to go, to a store and back for instance, is one more of these
-    ACTS = (look, look, cut, lower, branch)
+    def leave(self):
+        """Of its own accord: it finds out at its next call."""
+        self.storm.cache.suspend(self.request_id, self.draw.choice(self.storm.stores))
+        self.storm.note("suspended by their owners")
+
+    ACTS = (compare, compare, cut, lower, branch, leave)
+
+    # ---- the way back, which a thread and a task walk alike
+
+    def recall(self, answer):
+        """What a resume has come to. Whether it is here, with all its K and V; None: try once more."""
+        if not answer:
+            self.storm.note(f"stayed away: {answer.reason}")
+            return None
+        if not answer.ok:
+            self.storm.note(f"came back {answer.reason}")
+            return None
+        self.storm.note("came back")
+        return True
+
+    def mend(self, answer):
+        """Room without K and V, but for what was cached: the rest is written next."""
+        self.written = answer.tokens
+        self.storm.note("computed again")
 
 
 class Client:
@@ -268,6 +417,7 @@ class Client:
                 visit.request_id, visit.prompt, strategy=visit.strategy(), **visit.options
             ) as lease:
                 if lease:
+                    visit.written = lease.cached_tokens
                     self.live(visit)
         except UnknownSequence:
             assert visit.evicted  # its owner had been told
@@ -281,20 +431,37 @@ class Client:
                 storm.note("cancelled by others")
 
     def live(self, visit):
-        values = visit.values(visit.prompt)
-        visit.write(visit.request_id, values, 0)
-        for _ in range(self.draw.randint(0, 8)):
-            if self.draw.random() < 0.5:
-                values = self.draw.choice(Visit.ACTS)(visit, values)
-                continue
-            count = self.draw.randint(1, 3)
-            strategy = self.draw.choice([Reject(), Wait(0.005), Evict(), Wait(0.001) | Evict("priority")])
-            if self.storm.queue.append(visit.request_id, count, strategy=strategy):
-                more = visit.values(count)
-                visit.write(visit.request_id, more, len(values))
-                values = np.concatenate([values, more])
-                self.storm.note("appends")
-        visit.compare(visit.request_id, values)
+        left = self.draw.randint(0, 8)
+        while left >= 0:
+            try:
+                visit.write()
+                if left:
+                    self.step(visit)
+                else:
+                    visit.compare()
+                left -= 1
+            except Suspended:
+                if not self.come_back(visit):
+                    return
+
+    def step(self, visit):
+        if self.draw.random() < 0.5:
+            self.draw.choice(Visit.ACTS)(visit)
+            return
+        more = visit.values(self.draw.randint(1, 3))
+        if self.storm.queue.append(visit.request_id, visit.named(more), strategy=visit.growth_strategy()):
+            visit.grow(more)
+
+    def come_back(self, visit):
+        queue = self.storm.queue
+        for _ in range(6):
+            answer = queue.resume(visit.request_id, strategy=visit.growth_strategy())
+            if visit.recall(answer):
+                return True
+        answer = queue.resume(visit.request_id, recompute=True, strategy=Wait(0.05))
+        if answer and answer.ok:
+            visit.mend(answer)
+        return bool(answer)
 
 
 class AsyncClient:
@@ -314,6 +481,7 @@ class AsyncClient:
             storm.note("requests")
             async with pending as lease:
                 if lease:
+                    visit.written = lease.cached_tokens
                     await self.live()
         except UnknownSequence:
             assert visit.evicted
@@ -323,21 +491,40 @@ class AsyncClient:
             storm.note("objections")
 
     async def live(self):
+        visit = self.visit
+        left = self.draw.randint(0, 6)
+        while left >= 0:
+            try:
+                visit.write()
+                if left:
+                    await self.step()
+                else:
+                    visit.compare()
+                left -= 1
+            except Suspended:
+                if not await self.come_back():
+                    return
+
+    async def step(self):
         visit, queue = self.visit, self.storm.queue
-        values = visit.values(visit.prompt)
-        visit.write(visit.request_id, values, 0)
-        for _ in range(self.draw.randint(0, 6)):
-            await asyncio.sleep(self.draw.choice([0, 0, self.draw.random() / 500]))
-            if self.draw.random() < 0.5:
-                values = self.draw.choice(Visit.ACTS)(visit, values)
-                continue
-            strategy = self.draw.choice([Reject(), Wait(0.005), Evict()])
-            if await queue.append_async(visit.request_id, 2, strategy=strategy):
-                more = visit.values(2)
-                visit.write(visit.request_id, more, len(values))
-                values = np.concatenate([values, more])
-                self.storm.note("appends")
-        visit.compare(visit.request_id, values)
+        await asyncio.sleep(self.draw.choice([0, 0, self.draw.random() / 500]))
+        if self.draw.random() < 0.5:
+            self.draw.choice(Visit.ACTS)(visit)
+            return
+        more = visit.values(2)
+        if await queue.append_async(visit.request_id, visit.named(more), strategy=visit.growth_strategy()):
+            visit.grow(more)
+
+    async def come_back(self):
+        visit, queue = self.visit, self.storm.queue
+        for _ in range(6):
+            answer = await queue.resume_async(visit.request_id, strategy=visit.growth_strategy())
+            if visit.recall(answer):
+                return True
+        answer = await queue.resume_async(visit.request_id, recompute=True, strategy=Wait(0.05))
+        if answer and answer.ok:
+            visit.mend(answer)
+        return bool(answer)
 
 
 def main():
@@ -352,9 +539,11 @@ def main():
     faults, happened = [], Counter()
     threading.excepthook = lambda told: faults.append(repr(told.exc_value))
     sys.unraisablehook = lambda told: faults.append(f"{told.err_msg} {told.exc_value!r} in {told.object!r}")
+    chunks.CHUNK_BYTES = CHUNK
     for number, options in enumerate(WEATHERS):
-        storm = Storm(f"{chosen.seed} {number}", chosen.seconds / len(WEATHERS), options)
-        storm.run()
+        with tempfile.TemporaryDirectory() as folder:
+            storm = Storm(f"{chosen.seed} {number}", chosen.seconds / len(WEATHERS), options, folder)
+            storm.run()
         happened.update(storm.happened)
         faults += storm.faults
         if faults:

@@ -702,3 +702,35 @@ def test_a_cache_without_storage_swaps_nothing_out():
 def test_a_swap_of_nonsense_is_refused(options, error):
     with pytest.raises(error):
         Swap(**options)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_mlx_arrays_leave_and_come_back(dtype, tmp_path):
+    mx = pytest.importorskip("mlx.core")
+    with KVCache(2, HEADS, WIDTH, BLOCKS * SIZE, SIZE, dtype=dtype, backend="mlx") as cache:
+        queue = AllocationQueue(cache, Swap(DirectoryStore(tmp_path, 1 << 20, evict=False)))
+        queue.allocate("a", 30)
+        rows = mx.random.normal((2, HEADS, 30, WIDTH)).astype(getattr(mx, dtype))
+        for layer in range(2):
+            cache.write("a", layer, rows[0], rows[1])
+        with queue.allocate("b", 60):
+            assert cache.is_suspended("a")
+            other = mx.ones((HEADS, 60, WIDTH), getattr(mx, dtype))
+            cache.write("b", 0, other, other)
+            mx.eval(cache.get_k_view("b", 0))
+        assert queue.resume("a").ok
+        for layer in range(2):
+            for view, data in zip(cache.get_kv_views("a", layer), rows, strict=True):
+                assert mx.array_equal(view, data).item()
+        cache.check()
+
+
+def test_who_comes_back_past_the_queue_is_its_tenants_too(cache):
+    queue = AllocationQueue(cache, Reject(), tenants={"t": TenantLimit(tokens=16)})
+    queue.allocate("a", 16, tenant="t")
+    assert cache.suspend("a").wait(SOON) and cache.resume("a").wait(SOON)
+    until(lambda: not cache.is_suspended("a"))
+    assert queue.allocate("b", 4, tenant="t").reason == "tenant_limit"
+    assert queue.stats().tenants["t"].blocks == 4
+    assert queue.allocate("c", 64, strategy=Evict())  # it may be ended, as any of the queue's
+    assert list(cache) == ["c"]

@@ -10,6 +10,8 @@ from kvcache.block_map import (
     FREE,
     HELD_BACK,
     KEPT,
+    PINNED,
+    PINS,
     SHARED,
     WAITING,
     cells_of,
@@ -74,13 +76,31 @@ def test_cached_blocks_have_a_colour_of_their_own_until_they_are_taken(make_cach
     assert KEPT[dark] not in pixels(cache, width=16, dark=dark)
 
 
+@BOTH
 @pytest.mark.parametrize("dark", [False, True])
-def test_nothing_that_is_not_held_looks_like_anything_else(dark):
-    image = image_of(np.array([FREE, CACHED, WAITING], np.int32), 4, dark)[0].astype(int)
-    assert tuple(image[3]) == BEYOND[dark]
-    distances = [abs(image[i] - image[j]).max() for i in range(4) for j in range(i)]
+def test_blocks_that_a_pin_alone_holds_have_a_colour_of_their_own(make_cache, placement, dark):
+    cache = make_cache(placement=placement)
+    cache.allocate_for("a", list(range(13)))
+    cache.commit("a")
+    held = cache.block_table("a")
+    assert cache.pin("a") == 12
+    assert PINS[dark] not in pixels(cache, width=16, dark=dark)
+    cache.free_for("a")
+    seen = pixels(cache, width=16, dark=dark)
+    assert {block for block in range(16) if seen[block] == PINS[dark]} == set(held[:3].tolist())
+    assert cache.unpin("a") == 12
+    assert pixels(cache, width=16, dark=dark).count(KEPT[dark]) == 3
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_nothing_that_no_sequence_holds_looks_like_anything_else(dark):
+    image = image_of(np.array([FREE, CACHED, PINNED, WAITING], np.int32), 5, dark)[0].astype(int)
+    assert tuple(image[4]) == BEYOND[dark]
+    distances = [abs(image[i] - image[j]).max() for i in range(5) for j in range(i)]
     assert min(distances) >= 20
-    assert abs(image[:, None] - colours_of(np.arange(500)).astype(int)).max(axis=2).min() >= 20
+    sequences = colours_of(np.arange(500)).astype(int)
+    for held in (sequences, sequences // 2):
+        assert abs(image[:, None] - held).max(axis=2).min() >= 20
 
 
 def test_shared_blocks_are_darker(make_cache):
@@ -142,3 +162,8 @@ def test_many_blocks_are_told_in_few_cells():
 def test_a_cell_is_cached_where_nobody_holds_a_block_of_it():
     owners = np.array([CACHED, 3, FREE, CACHED, CACHED, WAITING, FREE, FREE, CACHED], np.int32)
     assert cells_of(owners, 5)[1].tolist() == [3, CACHED, CACHED, FREE, CACHED]
+
+
+def test_a_cell_is_pinned_where_no_sequence_holds_a_block_of_it():
+    owners = np.array([PINNED, 3, FREE, PINNED, CACHED, PINNED, WAITING, PINNED, PINNED], np.int32)
+    assert cells_of(owners, 5)[1].tolist() == [3, PINNED, PINNED, PINNED, PINNED]

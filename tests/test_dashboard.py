@@ -66,7 +66,8 @@ def served():
     for second in range(0, 180, 15):
         scrapes.take(second, registry)
         for number in range(4):
-            queue.allocate((second, number), 20, tenant="t")
+            if queue.allocate((second, number), [*range(9), *range(11)], tenant="t"):
+                cache.commit((second, number))
         for request_id in list(cache):
             cache.free_for(request_id)
     cache.close()
@@ -91,6 +92,13 @@ def test_what_the_panels_say_is_what_happened(served):
         "granted": 30,  # of 33: a series begins with its first sample
         "arena_full": 10,
     }
+
+
+def test_the_hit_rate_is_of_tokens(served):
+    (panel,) = [panel for panel in DASHBOARD["panels"] if panel["title"] == "Prefix hit rate"]
+    now, hour = (answer(target["expr"], served, **VARIABLES) for target in panel["targets"])
+    assert list(now.values()) == [16 / 20]  # four of the five blocks, in every query but the first
+    assert list(hour.values()) == [32 * 16 / (33 * 20)]  # which is the first of 33
 
 
 # ---- the language

@@ -10,6 +10,7 @@ from crowd import Crowd
 from kvcache import CacheClosed
 from kvcache.admission import AllocationQueue, Wait
 from kvcache.health import Watch
+from kvcache.store_memory import MemoryStore
 
 
 @pytest.fixture
@@ -54,6 +55,27 @@ def test_fragmentation_above_what_is_acceptable_is_mentioned(make_cache, told):
     assert cache.stats().fragmentation == 0.25
     cache.check_health()
     assert [level for level, _ in told()] == ["INFO"]
+
+
+class Altering(MemoryStore):
+    """A store in which a bit of what was put there turns over."""
+
+    def get(self, keys, buffers, *, timeout):
+        job = super().get(keys, buffers, timeout=timeout)
+        buffers[0][len(buffers[0]) // 2] ^= 1
+        return job
+
+
+def test_chunks_that_came_back_altered_are_a_warning_once_each(make_cache, told):
+    cache = make_cache()
+    for name in ("a", "b"):
+        cache.allocate_for(name, 20)
+        assert cache.suspend(name, Altering(1 << 20, 1 << 16)).wait(30)
+        assert cache.resume(name).wait(30)
+        assert kinds(cache.check_health()) == ["corrupt_chunks"]
+        assert cache.check_health() == ()
+    ((level, message),) = told()
+    assert level == "WARNING" and "1 chunk " in message
 
 
 def test_gaps_between_runs_are_nothing_to_speak_of(make_cache, told):
@@ -133,6 +155,17 @@ def test_a_queue_whose_oldest_waiter_is_older_than_its_limit_is_a_warning(make_c
     clients.free("a")
     assert cache.check_health() == ()
     clients.close()
+
+
+def test_one_that_has_waited_too_long_has_it_logged_where_nobody_looks(make_cache, told):
+    cache = make_cache(1, 1, 4, 64, 4, overcommit=2.0)
+    queue = AllocationQueue(cache, Wait(0.05), name="chat", warn_after=0.01)
+    queue.allocate("a", 64)
+    assert queue.allocate("b", 8).reason == "timeout"
+    ((level, message),) = told()
+    assert level == "WARNING" and "'chat'" in message and "oldest of 1" in message
+    assert queue.allocate("c", 8).reason == "timeout"
+    assert len(told()) == 1  # once a minute
 
 
 def test_a_queue_that_never_warns_and_one_that_has_nobody_are_not_spoken_of(make_cache):

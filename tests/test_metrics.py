@@ -20,7 +20,10 @@ from kvcache.metrics import (
     SUFFIXES,
     CacheMetrics,
     Metric,
+    Reading,
 )
+from kvcache.stats import CacheStats
+from kvcache.store_memory import MemoryStore
 
 prometheus_client = pytest.importorskip("prometheus_client")
 
@@ -68,6 +71,70 @@ def test_a_scrape_says_what_stats_says(make_cache, registry):
     assert seen["kvcache_admissions_total", label] == 1
     assert seen["kvcache_promised_ratio", label] == 5 / 16
     assert seen["kvcache_mlx_active_bytes",] == 0
+
+
+def test_a_scrape_tells_what_came_of_prompts_given_as_ids(make_cache, registry):
+    cache = make_cache()
+    for name in ("first", "again"):
+        cache.allocate_for(name, [*range(13), ord(name[0])])
+        cache.commit(name)
+        cache.free_for(name)
+    cache.allocate_for("short", [7, 8])  # no whole block to look for
+    cache.pin("short")
+    cache.pin(tokens=range(8))
+    metrics.register(cache, "main", registry)
+    seen = scraped(registry)
+    label = ("cache", "main")
+    told = {name: seen[f"kvcache_prefix_{name}_total", label] for name in ("queries", "query_tokens")}
+    assert told == {"queries": 3, "query_tokens": 14 + 14 + 2}
+    assert seen["kvcache_prefix_hit_tokens_total", label] == 12
+    assert seen["kvcache_blocks_pinned", label] == 2
+    assert seen["kvcache_blocks_cached", label] == 1
+    causes = {
+        key[2][1]: value
+        for key, value in seen.items()
+        if key[0] == "kvcache_prefix_misses_total" and key[1] == label
+    }
+    assert causes == {"cold": 1, "evicted": 0, "salted": 0, "partial": 1, "disabled": 0}
+
+
+def test_a_scrape_tells_of_evictions_by_cause(make_cache, registry):
+    cache = make_cache()
+    cache.allocate_for("a", list(range(30)))
+    cache.commit("a")
+    cache.free_for("a")
+    cache.allocate_for("b", 48)  # needs five of the seven blocks that are cached, seven are free
+    cache.clear_prefix_cache()
+    metrics.register(cache, "main", registry)
+    seen = scraped(registry)
+    label = ("cache", "main")
+    causes = ("room", "quota", "duplicate", "cleared")
+    counts = [seen["kvcache_prefix_evictions_total", label, ("cause", cause)] for cause in causes]
+    assert counts == [3, 0, 0, 4]
+    assert seen["kvcache_prefix_evicted_blocks_total", label] == 7
+
+
+class Altering(MemoryStore):
+    """A store in which a bit of what was put there turns over."""
+
+    def get(self, keys, buffers, *, timeout):
+        job = super().get(keys, buffers, timeout=timeout)
+        buffers[0][len(buffers[0]) // 2] ^= 1
+        return job
+
+
+def test_a_scrape_tells_of_suspended_sequences_and_chunks_that_came_back_wrong(make_cache, registry):
+    cache = make_cache()
+    metrics.register(cache, "main", registry)
+    cache.allocate_for("a", 20)
+    assert cache.suspend("a", Altering(1 << 20, 1 << 16)).wait(30)
+    label = ("cache", "main")
+    seen = scraped(registry)
+    assert seen["kvcache_sequences_suspended", label] == 1
+    assert seen["kvcache_sequences", label] == seen["kvcache_corrupt_chunks_total", label] == 0
+    assert cache.resume("a").wait(30)
+    seen = scraped(registry)
+    assert seen["kvcache_sequences_suspended", label] == seen["kvcache_corrupt_chunks_total", label] == 1
 
 
 def test_the_latencies_are_a_histogram_that_sums_up(make_cache, registry):
@@ -239,6 +306,43 @@ def test_a_queue_that_is_closed_is_no_longer_told_of(make_cache, registry):
     assert not [key for key in scraped(registry) if key[0].startswith("kvcache_queue")]
 
 
+# ---- what is exported
+
+ELSEWHERE = {  # fields of CacheStats that no row reads
+    "waiting_requests": "kvcache.queue.waiting tells it of each queue and tenant",
+    "oldest_wait": "kvcache.queue.oldest_age tells it of each queue and tenant",
+}
+
+
+class Noting:
+    """Statistics that know which of their fields have been read."""
+
+    def __init__(self, stats):
+        self.stats, self.read = stats, []
+
+    def __getattr__(self, field):
+        self.read.append(field)
+        return getattr(self.stats, field)
+
+
+def test_every_statistic_is_exported_by_one_row(make_cache):
+    noting = Noting(make_cache().stats())
+    for metric in (*METRICS, *PROCESS_METRICS):
+        metric.values(Reading(noting, promised=0.0))
+    assert sorted([*noting.read, *ELSEWHERE]) == sorted(CacheStats._fields)
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [("refusals", "refused"), ("prefix.misses", "misses"), ("prefix.evictions", "evictions")],
+)
+def test_each_cause_has_the_statistic_of_that_cause(make_cache, name, kind):
+    noting = Noting(make_cache().stats())
+    metric = next(metric for metric in METRICS if metric.name == f"kvcache.{name}")
+    causes = list(metric.values(Reading(noting, promised=0.0)))
+    assert noting.read == [f"{kind}_{cause}" for cause in causes]
+
+
 # ---- names
 
 
@@ -272,6 +376,15 @@ def test_every_query_of_the_dashboard_names_exported_metrics():
     for query in queries:
         used = set(re.findall(r"\bkvcache_\w+", query))
         assert used and used <= names, query
+
+
+def test_every_alert_of_the_manual_names_exported_metrics():
+    page = (DOCS / "monitoring.md").read_text()
+    (alerts,) = re.findall(r"### Alerts to begin with\n\n```text\n(.*?)```", page, re.DOTALL)
+    used = set(re.findall(r"\bkvcache_\w+", alerts))
+    assert (
+        {"kvcache_prefix_hit_tokens_total", "kvcache_corrupt_chunks_total"} <= used <= set(exported_names())
+    )
 
 
 def test_panels_of_the_dashboard_do_not_overlap():
@@ -318,7 +431,9 @@ def telemetry():
 def test_opentelemetry_is_told_the_same(make_cache, registry, telemetry):
     provider, collect = telemetry
     cache = make_cache()
-    cache.allocate_for("a", 9, max_tokens=20)
+    cache.allocate_for("a", list(range(9)), max_tokens=20)
+    cache.commit("a")
+    cache.pin("a")
     queue = AllocationQueue(cache)
     queue.allocate("b", 9, tenant="t")
     queue.allocate("c", 60)
@@ -332,6 +447,8 @@ def test_opentelemetry_is_told_the_same(make_cache, registry, telemetry):
                 key[1:]: value for key, value in samples.items() if key[0] == metric.prometheus_name
             }
     name, label = "kvcache.admission.duration", ("cache", "main")
+    assert points["kvcache.prefix.misses", label, ("cause", "cold")] == 1
+    assert points["kvcache.blocks.pinned", label] == 2
     assert points[f"{name}.bucket", label, ("le", "1e-06")] == points[f"{name}.count", label] == 2
     name, labels = "kvcache.queue.wait", (label, ("queue", "default"))
     assert (

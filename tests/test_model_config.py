@@ -143,6 +143,13 @@ def test_the_spec_of_a_plain_model_is_the_one_written_by_hand():
     assert KVCacheSpec.from_model(LLAMA, 32768, 32, dtype="float32") == KVCacheSpec(32, 8, 128, 32768, 32)
 
 
+def test_by_default_there_is_room_for_one_sequence_of_the_longest_context():
+    assert KVCacheSpec.from_model(LLAMA).max_total_tokens == LLAMA["max_position_embeddings"]
+    with pytest.raises(UnreadableConfig, match="give max_total_tokens") as told:
+        KVCacheSpec.from_model(without(LLAMA, "max_position_embeddings"))
+    assert told.value.fields == ("max_position_embeddings",)
+
+
 def test_latents_are_two_planes_of_one_head():
     spec = KVCacheSpec.from_model(DEEPSEEK, 65536)
     assert [(plane.name, plane.heads, plane.width) for plane in spec.layers[0].planes] == [

@@ -419,9 +419,26 @@ def test_an_architecture_stands_for_a_type_that_is_left_out(architecture, model_
     assert read_config(config).model_type == model_type
 
 
+def test_a_model_that_nobody_has_named_is_not_guessed():
+    with pytest.raises(UnreadableConfig, match="both missing") as told:
+        read_config({"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64})
+    assert told.value.fields == ("model_type", "architectures")
+
+
+def test_an_mpt_of_another_attention_is_not_guessed():
+    config = {"model_type": "mpt", "d_model": 4096, "n_heads": 32, "n_layers": 32}
+    with pytest.raises(UnreadableConfig, match=r"attn_config\.attn_type|attn_type") as told:
+        read_config(config | {"attn_config": {"attn_type": "multiquery_attention"}})
+    assert told.value.fields == ("attn_config.attn_type", "attn_config.kv_n_heads")
+
+
 def test_layers_are_counted_by_their_list_where_no_field_says_how_many():
     config = without(SHORT, "num_hidden_layers")
-    assert kept(config | {"layer_types": ["full_attention"] * 3}) == (3 * TOKEN, (), None)
+    assert kept(config | {"model_type": "qwen3", "layer_types": ["full_attention"] * 3}) == (
+        3 * TOKEN,
+        (),
+        None,
+    )
     blocks = [{"attention": {"n_heads_in_group": 2}}] * 2
     assert kept(config | {"model_type": "deci", "block_configs": blocks}) == (2 * TOKEN, (), None)
 

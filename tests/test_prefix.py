@@ -283,6 +283,22 @@ def test_a_counted_prompt_that_is_named_is_found(cache):
     assert run(cache, "other", [*ids(8), 1]).cached_tokens == 8
 
 
+def test_what_a_fork_that_has_gone_has_named_keeps_its_name(make_cache):
+    cache = make_cache(placement="paged")
+    cache.allocate_for("a", 8)
+    cache.commit("a")
+    cache.fork("a", "b")
+    cache.set_tokens("a", ids(1))
+    cache.set_tokens("b", ids(8))
+    cache.free_for("b")
+    with unchanged(cache), pytest.raises(ValueError, match="another id already"):
+        cache.set_tokens("a", [9])
+    assert cache.probe([*ids(8), 1]) == 8
+    cache.set_tokens("a", ids(7, 1))
+    cache.free_for("a")
+    assert cache.probe([*ids(8), 1]) == 8
+
+
 def test_a_counted_prompt_that_is_named_is_found_under_its_salt_alone(cache):
     cache.allocate_for("live", 8, salt="ours")
     fill(cache, "live", ids(8))
@@ -400,6 +416,34 @@ def test_what_was_there_once_is_missed_as_evicted(cache):
     assert (cache.stats().misses_evicted, cache.stats().evictions_room) == (1, 2)
 
 
+def test_an_evicted_end_is_not_found_while_its_tokens_still_lie_there(cache):
+    leave(cache, ids(32))
+    assert cache.allocate_for("counted", 36)  # 9 of 16 blocks: one makes room, and gets no tokens
+    assert (cache.stats().evictions_room, cache.probe(ids(33))) == (1, 28)
+    run(cache, "again", ids(28))
+    assert cache.probe(ids(33)) == 28
+
+
+def test_what_was_entered_next_is_found_after_its_own_beginning_alone(cache):
+    one, other, rest = ids(4), ids(4, 100), ids(4, 200)
+    leave(cache, other)
+    leave(cache, one)
+    leave(cache, other + rest)
+    assert (cache.probe(one + rest + [0]), cache.probe(other + rest + [0])) == (4, 8)
+
+
+def test_conversations_that_grow_in_turns_are_found_whole(cache):
+    prompts = {name: ids(28, 100 * name) for name in (1, 2)}
+    for name in prompts:
+        run(cache, name, prompts[name][:4], max_tokens=28)
+    for at in range(4, 28, 4):
+        for name in prompts:
+            cache.append_tokens(name, prompts[name][at : at + 4])
+            fill(cache, name, prompts[name][: at + 4], start=at)
+    assert [cache.probe([*prompts[name], 0]) for name in prompts] == [28, 28]
+    assert cache.probe(prompts[1][:8] + prompts[2][8:]) == 8
+
+
 def test_a_probe_leaves_no_trace(cache):
     leave(cache, ids(8))
     before = cache.stats()
@@ -442,6 +486,31 @@ def test_the_same_calls_give_the_same_places_and_evictions(make_cache, placement
     assert course() == first
     assert first[1] > 20
     assert first[2] > 20
+
+
+# ---- pins
+
+
+def test_a_pin_that_has_been_cleared_before_it_is_noted_is_no_pin(cache):
+    class Name:
+        clears = True
+
+        def __hash__(self):
+            if self.clears and cache.stats().pinned_blocks:
+                self.clears = False
+                cache.clear_prefix_cache()
+            return 1
+
+    name = Name()
+    run(cache, name, ids(8))
+    assert cache.pin(name) == 8
+    assert cache.stats().pinned_blocks == 0
+    leave(cache, ids(8))
+    assert cache.pin(tokens=ids(8)) == 8
+    assert cache.unpin(name) == 0
+    assert cache.stats().pinned_blocks == 2
+    assert cache.unpin(tokens=ids(8)) == 8
+    assert cache.stats().pinned_blocks == 0
 
 
 # ---- the clock

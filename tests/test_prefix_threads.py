@@ -2,13 +2,14 @@
 
 import os
 import random
+import sys
 import threading
 import time
 
 import pytest
-from prompts import fill, shows
+from prompts import fill, leave, shows
 
-from kvcache import CacheFull
+from kvcache import CacheFull, Tokens
 
 SECONDS = float(os.environ.get("KVCACHE_TEST_SECONDS", "10"))
 THREADS = 8
@@ -126,3 +127,84 @@ def test_threads_with_colliding_prompts_hit_nothing_but_their_own(make_cache, pl
     assert (stats.used_blocks, stats.claimed_blocks, stats.num_sequences) == (0, 0, 0)
     assert sum(engine.hits for engine in engines) == stats.hit_tokens > 0
     assert stats.evictions_room > 0
+
+
+# ---- short calls, all at once
+
+
+@pytest.fixture
+def hurried():
+    """Threads take turns as often as they can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def all_at_once(*works):
+    """Each in a thread of its own, again and again for a while; what one of them raises."""
+    errors, deadline = [], time.monotonic() + SECONDS / 10
+
+    def work(call):
+        try:
+            while time.monotonic() < deadline and not errors:
+                call()
+        except BaseException as error:  # noqa: BLE001 (told to the thread that waits)
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(each,), daemon=True) for each in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "stuck"
+    if errors:
+        raise errors[0]
+
+
+def test_pins_of_one_prefix_by_many_threads_are_all_undone(make_cache, hurried):
+    cache, prompt = make_cache(), list(range(16))
+    leave(cache, prompt)
+
+    def pin():
+        assert cache.pin(tokens=prompt) == 16
+        assert cache.unpin(tokens=prompt) == 16
+
+    all_at_once(pin, pin, pin)
+    assert cache.stats().pinned_blocks == 0
+    assert cache.unpin(tokens=prompt) == 0
+
+
+@pytest.mark.parametrize("placement", ["contiguous", "paged"])
+def test_pins_beside_one_who_clears_the_cache_are_undone_or_forgotten(make_cache, hurried, placement):
+    cache, prompt, names = make_cache(placement=placement), list(range(16)), iter(range(10**9))
+
+    def come_and_go():
+        name = next(names)
+        if cache.allocate_for(name, prompt):
+            cache.commit(name)
+            cache.free_for(name)
+
+    def pin():
+        cache.pin(tokens=prompt)
+        cache.unpin(tokens=prompt)
+
+    def clear():
+        cache.clear_prefix_cache()
+        cache.check()
+
+    all_at_once(come_and_go, pin, pin, clear)
+    while cache.unpin(tokens=prompt):
+        pass
+    assert cache.stats().pinned_blocks == 0
+
+
+def test_more_salts_than_are_remembered_by_many_threads_do_no_harm(make_cache, hurried):
+    cache, prompt = make_cache(), Tokens(range(8))
+
+    def look(salts):
+        return lambda: cache.probe(prompt, salt=next(salts))
+
+    all_at_once(*[look(iter(range(number, 10**9, 4))) for number in range(4)])
+    leave(cache, list(range(8)), salt="mine")
+    assert cache.probe([*range(8), 1], salt="mine") == 8

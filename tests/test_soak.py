@@ -36,6 +36,21 @@ EVERYTHING = (  # that has to have happened, or the storm was none
     "holds",
     "looks",
     "comparisons",
+    "appends",
+    "owners told",
+    "pins",
+    "hit tokens",
+    "swapped",
+    "swaps failed",
+    "told leaving",
+    "suspended by their owners",
+    "came back",
+    "came back lost",
+    "came back failed",
+    "corrupt chunks",
+    "computed again",
+    "writes that raised",
+    "reads that raised",
 )
 
 
@@ -62,15 +77,15 @@ import soak
 
 soak.STILL_SECONDS = 0.5
 soak.THREADS = soak.LOOPS = 0
-soak.Storm.hold = soak.Storm.look = lambda self, number: threading.Event().wait()
-soak.Storm("1", 1, {{}}).run()
+soak.Storm.hold = soak.Storm.look = soak.Storm.pin = lambda self, number: threading.Event().wait()
+soak.Storm("1", 1, {{}}, {store!r}).run()
 """
 
 
-def test_where_nothing_finishes_all_stacks_are_printed():
+def test_where_nothing_finishes_all_stacks_are_printed(tmp_path):
     place = str(Path(kvcache.__file__).parents[1])
     done = subprocess.run(
-        [sys.executable, "-c", SILENCE.format(folder=str(Path(__file__).parent))],
+        [sys.executable, "-c", SILENCE.format(folder=str(Path(__file__).parent), store=str(tmp_path))],
         env={**os.environ, "PYTHONPATH": place},
         capture_output=True,
         text=True,
@@ -78,12 +93,11 @@ def test_where_nothing_finishes_all_stacks_are_printed():
         check=False,
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("Timeout") and done.stderr.count("in guarded") == 2
+    assert done.stderr.startswith("Timeout") and done.stderr.count("in guarded") == 3
 
 
-def test_a_fault_is_told_and_ends_it(monkeypatch):
-    monkeypatch.setattr(soak.Visit, "values", lambda self, tokens: soak.np.zeros(tokens, soak.np.float32))
-    storm = soak.Storm("1", 30, {})
+def test_a_fault_is_told_and_ends_it(tmp_path):
+    storm = soak.Storm("1", 30, {}, tmp_path)
     storm.cache.get_kv_views = lambda *_: (_ for _ in ()).throw(RuntimeError("wrong bytes"))
     storm.run()
     assert any("wrong bytes" in fault for fault in storm.faults)

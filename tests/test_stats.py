@@ -5,6 +5,7 @@ import threading
 import pytest
 
 from kvcache import CacheClosed
+from kvcache.admission import AllocationQueue
 from kvcache.stats import LATENCY_BOUNDS
 
 BOTH = pytest.mark.parametrize("placement", ["contiguous", "paged"])
@@ -146,13 +147,16 @@ def test_who_is_admitted_at_once_is_within_the_first_bound(make_cache):
     assert stats.admission_seconds == 0.0
 
 
-def test_who_makes_others_move_is_timed(make_cache):
+@pytest.mark.parametrize("queued", [False, True])
+def test_who_makes_others_move_is_timed(make_cache, queued):
     cache = make_cache()
+    door = AllocationQueue(cache).allocate if queued else cache.allocate_for
     for number in range(16):
-        cache.allocate_for(number, 4)
+        door(number, 4)
+    assert cache.stats().admission_seconds == 0.0
     for number in range(0, 16, 2):
         cache.free_for(number)
-    cache.allocate_for("large", 32)
+    assert door("large", 32)
     stats = cache.stats()
     assert stats.moves > 0 and stats.admission_seconds > 0
     assert sum(stats.admission_latencies) == stats.admissions == 17

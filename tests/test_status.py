@@ -21,6 +21,7 @@ from kvcache.status import (
     MOST_QUEUES,
     MOST_SEQUENCES,
     MOST_TENANTS,
+    SAME_LOOK,
     is_loopback,
 )
 
@@ -108,6 +109,41 @@ def test_scattered_and_empty_sequences_are_told_too(make_cache, placement):
     seen = {each["id"]: each for each in told(cache.serve_status())["sequences"]}
     assert seen["scattered"]["contiguous"] is False and seen["scattered"]["place"] is not None
     assert seen["1"]["place"] is None
+
+
+@pytest.mark.parametrize("placement", ["contiguous", "paged"])
+def test_a_cache_with_suspended_sequences_is_told_of(make_cache, placement):
+    cache = make_cache(placement=placement)
+    cache.allocate_for("away", 9, max_tokens=20)
+    cache.allocate_for("here", 5)
+    assert cache.suspend("away").wait(PATIENCE)
+    seen = told(cache.serve_status())
+    assert seen["stats"]["suspended_sequences"] == 1
+    away, here = seen["sequences"]
+    assert away == {
+        "id": "away",
+        "tokens": 9,
+        "limit": 20,
+        "contiguous": True,
+        "suspended": True,
+        "place": None,
+    }
+    assert (here["id"], here["suspended"]) == ("here", False)
+    assert seen["block_map"]["cells"].count(here["place"]) == 2
+
+
+def test_the_hit_rate_is_that_of_prompts_given_as_ids(make_cache):
+    cache = make_cache()
+    cache.allocate_for("counted", 9)
+    server = cache.serve_status()
+    assert told(server)["hit_rate"] is None
+    for name in ("a", "b"):
+        cache.allocate_for(name, list(range(10)))
+        cache.commit(name)
+        cache.free_for(name)
+    time.sleep(2 * SAME_LOOK)
+    seen = told(server)
+    assert (seen["hit_rate"], seen["stats"]["cached_blocks"]) == (8 / 20, 2)
 
 
 def test_queues_are_told_with_the_tenants_of_whom_most_wait(make_cache):

@@ -228,12 +228,37 @@ def test_the_memory_of_a_store_is_bounded_by_its_slots():
     for number in range(20):
         put(store, number)
     assert len(store) == 3
-    assert store._num_made == 3
+    assert store._bytes_made == 3 * SIZE
 
 
 def test_a_store_in_memory_without_a_slot_is_refused():
     with pytest.raises(ValueError, match="one slot alone has 4096"):
         MemoryStore(4095, 4096)
+
+
+def test_memory_without_slots_takes_what_each_string_has():
+    store = MemoryStore(100, evict=False)
+    strings = {f"{number:064x}": bytes([number]) * size for number, size in enumerate((1, 60, 39))}
+    for key, data in strings.items():
+        assert list(store.put([key], [memoryview(data)], timeout=SOON).outcomes()) == [Outcome.OK]
+    extra = f"{9:064x}"
+    assert list(store.put([extra], [memoryview(b"x")], timeout=SOON).outcomes()) == [Outcome.FULL]
+    for key, data in strings.items():
+        found = bytearray(len(data))
+        assert list(store.get([key], [memoryview(found)], timeout=SOON).outcomes()) == [Outcome.OK]
+        assert found == data
+    assert list(store.delete([f"{1:064x}"], timeout=SOON).outcomes()) == [Outcome.OK]
+    assert list(store.put([extra], [memoryview(b"x" * 60)], timeout=SOON).outcomes()) == [Outcome.OK]
+    assert list(store.put([extra], [memoryview(b"x" * 101)], timeout=SOON).outcomes()) == [Outcome.FULL]
+
+
+def test_memory_without_slots_gives_away_as_many_as_it_takes():
+    store = MemoryStore(100)
+    for number in range(10):
+        store.put([f"{number:064x}"], [memoryview(b"x" * 10)], timeout=SOON)
+    store.put([f"{10:064x}"], [memoryview(b"y" * 25)], timeout=SOON)
+    there = store.contains([f"{number:064x}" for number in range(11)], timeout=SOON).outcomes()
+    assert list(there) == [Outcome.MISS] * 3 + [Outcome.OK] * 8
 
 
 def test_a_string_that_was_put_is_a_copy():

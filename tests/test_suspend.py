@@ -611,19 +611,19 @@ def test_staging_that_a_store_does_not_give_back_is_full_now(cache, impatient):
 
 def test_the_default_store_is_full_rather_than_forgetful(cache):
     data, ends = {}, {}
-    for name in range(20):  # of 16 tokens: two chunks, of the 16 that there is room for
+    for name in range(20):  # of 16 tokens, 40 KiB in two chunks; there is room for 384 KiB
         if cache.allocate_for(name, 16) is None:
             break
         data[name] = fill(cache, name, name)
         transfer = cache.suspend(name)
         assert transfer.wait(SOON)
         ends[name] = transfer.reason
-    assert list(ends.values()) == [None] * 8 + ["full"] * 4
+    assert list(ends.values()) == [None] * 9 + ["full"] * 4
     for name, reason in ends.items():
         if reason == "full":
             np.testing.assert_array_equal(contents(cache, name), data[name])
             assert cache.free_for(name)
-    for name in range(8):
+    for name in range(9):
         resumed(cache, name)
         np.testing.assert_array_equal(contents(cache, name), data[name])
         assert cache.free_for(name)
@@ -669,6 +669,81 @@ def test_a_clock_that_raises_keeps_nobody_on_the_way():
         suspended(cache, "a")
         resumed(cache, "a")
         np.testing.assert_array_equal(contents(cache, "a"), data)
+
+
+def test_a_free_that_cannot_read_the_clock_leaves_a_suspended_sequence_as_it_was():
+    raises = []
+
+    def clock():
+        if raises:
+            raise RuntimeError("no time")
+        return 1.0
+
+    with KVCache(LAYERS, HEADS, WIDTH, 64, BLOCK, clock=clock) as cache:
+        cache.allocate_for("a", 9)
+        data = fill(cache, "a", 1)
+        suspended(cache, "a")
+        raises.append(True)
+        with pytest.raises(RuntimeError, match="no time"):
+            cache.free_for("a")
+        raises.clear()
+        cache.check()
+        assert "a" in cache and cache.used_tokens("a") == 9
+        resumed(cache, "a")
+        np.testing.assert_array_equal(contents(cache, "a"), data)
+        assert cache.free_for("a") and cache.stats().used_blocks == 0
+
+
+class Meddling:
+    """An id that lets something happen whenever it is hashed."""
+
+    def __init__(self, happens=None):
+        self.happens = happens
+
+    def __hash__(self):
+        happens, self.happens = self.happens, None
+        if happens is not None:
+            happens()
+        return 1
+
+
+@pytest.mark.parametrize("end", ["resume", "free"])
+def test_a_check_is_not_misled_by_who_comes_back_or_ends_meanwhile(cache, end):
+    name = Meddling()
+    cache.allocate_for(name, 9)
+    suspended(cache, name)
+    ends = {"resume": lambda: resumed(cache, name), "free": lambda: cache.free_for(name)}
+    name.happens = ends[end]
+    cache.check()
+    assert name.happens is None and cache.stats().suspended_sequences == 0
+
+
+def test_threads_that_suspend_the_first_sequences_of_a_cache_at_once_get_them_back():
+    for _ in range(20):
+        with KVCache(LAYERS, HEADS, WIDTH, 64, BLOCK, staging_bytes=1 << 20) as cache:
+            errors, starting = [], threading.Barrier(4)
+
+            def travel(name, cache=cache, errors=errors, starting=starting):
+                try:
+                    data = fill(cache, name, 1 + name)
+                    starting.wait(SOON)
+                    transfer = cache.suspend(name)
+                    assert transfer.wait(SOON) and (transfer.ok or transfer.reason == "full"), transfer
+                    if transfer.ok:
+                        resumed(cache, name)
+                    np.testing.assert_array_equal(contents(cache, name), data)
+                except BaseException as error:  # noqa: BLE001 (told to the thread that waits)
+                    errors.append(error)
+
+            for name in range(4):
+                cache.allocate_for(name, 9)
+            threads = [threading.Thread(target=travel, args=(name,)) for name in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(SOON)
+            assert errors == []
+            cache.check()
 
 
 def test_an_arena_that_cannot_be_read_leaves_the_sequence_and_staging_as_they_were(cache, monkeypatch):

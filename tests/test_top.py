@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import socket
 import threading
 
@@ -26,14 +27,19 @@ def busy(make_cache):
     return cache
 
 
-def pictured(now, last=None, width=80):
+def pictured(now, last=None, width=80, height=None):
     from rich.console import Console
 
     from kvcache.top_view import frame
 
     console = Console(file=io.StringIO(), width=width)
-    console.print(frame(now, last, width))
+    console.print(frame(now, last, width, height))
     return console.file.getvalue()
+
+
+def lines_of(text):
+    """Each line's words, without bars and edges."""
+    return [" ".join(re.sub("[│━╸╺]", " ", line).split()) for line in text.splitlines()]
 
 
 def test_a_single_picture_where_there_is_no_terminal(busy, capsys):
@@ -54,6 +60,105 @@ def test_what_is_cached_is_drawn_low_and_counted(make_cache):
     assert text.count("▂") == 3 + 1  # three blocks, and the legend
     words = [line.strip("│ ").split() for line in text.splitlines()]
     assert ["prompt", "tokens", "26"] in words and ["of", "these", "cached", "12"] in words
+
+
+def test_what_a_pin_alone_holds_is_drawn_between_cached_and_used(make_cache):
+    cache = make_cache()
+    cache.allocate_for("a", list(range(9)))
+    cache.commit("a")
+    cache.pin("a")
+    cache.free_for("a")
+    text = pictured(snapshot(cache))
+    assert text.count("▄") == 2 + 1  # two blocks, and the legend
+    assert "cached 0 blocks; 2 pinned; 0 sequences suspended" in lines_of(text)
+
+
+def test_suspended_sequences_are_counted_and_marked(make_cache):
+    cache = make_cache()
+    for name in ("here", "away"):
+        cache.allocate_for(name, 9, max_tokens=20)
+    assert cache.suspend("away").wait(30)
+    lines = lines_of(pictured(snapshot(cache)))
+    assert "cached 0 blocks; 0 pinned; 1 sequence suspended" in lines
+    assert any(line.endswith("█ away 9 20 suspended") for line in lines)
+    assert any(line.endswith("█ here 9 20") for line in lines)
+    assert not any("more" in line for line in lines)
+
+
+def test_a_long_id_leaves_room_for_what_stands_beside_it(make_cache):
+    cache = make_cache()
+    for number in range(2):
+        cache.allocate_for(f"chatcmpl-6f1e2d3c4b5a69788796a5b4c3d2e1f{number}", 9)
+    assert cache.suspend(next(iter(cache))).wait(30)
+    now = snapshot(cache)
+    lines = lines_of(pictured(now, now | {"seconds": now["seconds"] - 1.0}))
+    assert "admitted 2 0.0 █ cha…e1f0 9 12 suspended" in lines
+    assert "freed 1 0.0 █ cha…e1f1 9 12" in lines
+
+
+def test_the_hit_rate_is_told_since_the_start_and_since_the_last_look(make_cache):
+    cache = make_cache()
+
+    def ask(number):
+        cache.allocate_for(number, [*range(9), number])
+        cache.commit(number)
+        cache.free_for(number)
+
+    empty = snapshot(cache)
+    assert "hits no prompt was given as ids" in lines_of(pictured(empty))
+    ask(100)
+    ask(101)
+    last = snapshot(cache)
+    assert "hits 40% of prompt tokens since the start" in lines_of(pictured(last))
+    assert "hits 40% of prompt tokens since the start, 40% now" in lines_of(pictured(last, empty))
+    assert "hits 40% of prompt tokens since the start" in lines_of(pictured(last, last))
+    ask(102)
+    ask(103)
+    text = pictured(snapshot(cache), last)
+    assert "hits 60% of prompt tokens since the start, 80% now" in lines_of(text)
+
+
+def test_evictions_are_told_each_second(make_cache):
+    cache = make_cache()
+    cache.allocate_for("a", list(range(33)))
+    cache.commit("a")
+    cache.free_for("a")
+    last = snapshot(cache)
+    cache.allocate_for("b", 64)
+    now = snapshot(cache) | {"seconds": last["seconds"] + 2.0}
+    assert "blocks evicted 8 4.0" in lines_of(pictured(now, last))
+
+
+@pytest.mark.parametrize("height", [24, 30, 50])
+@pytest.mark.parametrize("queued", [False, True])
+def test_it_fits_into_the_lines_of_a_terminal(make_cache, height, queued):
+    cache = make_cache(1, 1, 4, 4 * 2048, 4, backend="none", overcommit=1.5)
+    queue = AllocationQueue(cache, name="chat") if queued else None
+    for number in range(40):
+        cache.allocate_for(number, 130, max_tokens=260)
+    for number in range(4 if queued else 0):
+        queue.allocate(("queued", number), 8, tenant=f"tenant {number}")
+    now = snapshot(cache)
+    text = pictured(now, now | {"seconds": now["seconds"] - 1.0}, height=height)
+    lines = text.splitlines()
+    assert len(lines) <= height and "and " in text and "more" in text
+    assert any("admitted" in line for line in lines) and ("granted" in text) == queued
+    drawn = [line for line in lines if line.count("█") + line.count("·") > 60]
+    assert len(drawn) >= 2 and "1 block a cell" in pictured(now)
+
+
+@pytest.mark.parametrize("height", [1, 10])
+def test_a_terminal_with_hardly_a_line_is_no_error(busy, height):
+    assert "8 of 16 blocks" in pictured(snapshot(busy), height=height)
+
+
+def test_with_few_lines_what_has_never_been_counted_is_left_out(make_cache):
+    cache = make_cache(1, 1, 4, 4 * 512, 4, backend="none")
+    queue = AllocationQueue(cache, name="chat")
+    queue.allocate("a", list(range(2048)))
+    queue.allocate("b", 8)
+    text = pictured(snapshot(cache), height=24)
+    assert "refused: arena full" in text and "prompt tokens" in text and "tokens copied" not in text
 
 
 def test_the_address_is_found_through_the_file(busy, capsys, tmp_path):
@@ -138,7 +243,7 @@ def test_queues_are_shown_with_lengths_ages_and_rates(make_cache):
     now = snapshot(cache) | {"seconds": last["seconds"] + 2.0}
     rows = [line.strip("│ ").split() for line in pictured(now, last).splitlines()]
     assert ["chat", "3", "2.5", "s", "1", "1", "0", "5", "0"] in rows
-    assert ["per", "second", "0.0", "0.5", "0.0", "2.5", "0.0"] in rows
+    assert ["a", "second", "0.0", "0.5", "0.0", "2.5", "0.0"] in rows
     assert ["waits", "3", "2.5", "s", "0", "0", "0", "0", "0"] in rows
     assert ["holder", "0", "1", "0", "0", "0", "0"] in rows
     clients.close()
