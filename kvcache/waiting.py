@@ -366,6 +366,9 @@ class Waiters:
 
     def choose(self, free, unclaimed, now):
         """Whom to grant now, of those in lines, with so many blocks free for newcomers and unclaimed; or None."""
+        total, first = self.levels.least()
+        if total > unclaimed or first > free:
+            return None
         self._find_old(now)
         if self.kept_for:
             _, waiter = self.kept_for[0]
