@@ -77,7 +77,7 @@ class Courses(Desk):
             elif isinstance(stage, Wait):
                 yield from self._wait(waiter, stage.timeout)
                 reason = "timeout"
-        while not waiter.done and self._blocked is waiter:  # nothing but a hold is in the way
+        while not waiter.done and waiter in self._blocked:  # nothing but a hold is in the way
             self._require_no_hold()
             yield None
         return self._answer(waiter, reason)
@@ -181,14 +181,14 @@ class Courses(Desk):
                 self._waiters.lead(waiter)
                 self._grant()
         while not waiter.done:
-            if self._blocked is waiter:  # enough has been freed, and will be there when a hold has ended
+            if waiter in self._blocked:  # enough has been freed, and will be there when a hold has ended
                 yield None
                 continue
             victim = self._victim_for(waiter, stage.victim)
             if victim is not None:
                 if not (yield from self._take_out(waiter, victim, stage)):
                     break
-            elif self._blocked is not waiter:
+            elif waiter not in self._blocked:
                 break
             with self._turn:
                 self._grant()
@@ -252,7 +252,7 @@ class Courses(Desk):
         """The lease to take, marked as such; None where none may be taken, or all of them would not be enough."""
         with self._turn:
             self._settle_accounts(list(self._live))
-            if waiter.done or self._blocked is waiter:
+            if waiter.done or waiter in self._blocked:
                 return None
             leases = [each for each in self._live.values() if self._may_leave(each, waiter)]
             if choice == "priority":
