@@ -35,7 +35,6 @@ class Waiter:
         "limit",
         "line",
         "number",  # in order of arrival
-        "overtaken",  # grants to later ones while it was the first of its line
         "place",
         "priority",
         "reason",
@@ -55,7 +54,7 @@ class Waiter:
         self.sleeper = sleeper
         self.tally = self.tenant = self.line = self.lease = self.error = self.reason = self.deadline = None
         self.fault = None
-        self.overtaken = self.priority = self.total = self.first = self.place = self.number = 0
+        self.priority = self.total = self.first = self.place = self.number = 0
         self.tokens = self.limit = self.least = self.shared = 0
         self.since = 0.0
         self.done = False

@@ -69,6 +69,7 @@ RANKS = {
     "store_jobs": 2,
     "store_memory": 2,
     "memory": 2,
+    "btree": 0,
     "parking": 0,
     "refusals": 2,
     "strategies": 2,
