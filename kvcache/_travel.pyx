@@ -106,7 +106,7 @@ cdef class TravelCore(CacheCore):
         return journey is not None and journey.record is record
 
     def _transfer_of(self, request_id):
-        """What carries a sequence that is suspended or on its way, or has carried it last; None for one that is here."""
+        """What carries a sequence that is away, or has carried it last; None for one that is here."""
         cdef Journey journey = self.journey_of(request_id)
         return None if journey is None else journey.transfer
 
@@ -128,8 +128,8 @@ cdef class TravelCore(CacheCore):
     # -- leaving
 
     def _depart(self, request_id, transfer=None, Allocation granted=None):
-        """A live sequence, of this grant if there is one, sets out: its `Journey`. From now on its id is `Suspended`, its
-        blocks are still held.
+        """A live sequence, of this grant if there is one, sets out: its `Journey`. From now on its id is `Suspended`,
+        its blocks are still held.
         """
         cdef Allocation record = self.find(request_id)
         cdef Journey there, journey = Journey.__new__(Journey)

@@ -76,7 +76,7 @@ class Courses(Victims):
             elif isinstance(stage, Wait):
                 yield from self._wait(waiter, stage.timeout)
                 reason = "timeout"
-        while not waiter.done and self._blocked is waiter:  # nothing but a hold is in the way
+        while not waiter.done and waiter in self._blocked:  # nothing but a hold is in the way
             self._require_no_hold()
             yield None
         return self._answer(waiter, reason)

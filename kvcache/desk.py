@@ -109,7 +109,8 @@ class Desk:
         self._waiters = Waiters(patience, most_overtaken)
         self._number = 0
         self._woken = []  # to be woken once the lock is given back
-        self._blocked = None  # the waiter whose grant a hold is in the way of
+        self._blocked = {}  # waiter -> None, those whose grant nothing but a hold is in the way of
+        self._held = {}  # as they are found, until all have been asked for
         self._closed = False
         self._turn = Turn(self)
         self._watcher = self._note
@@ -218,26 +219,28 @@ class Desk:
 
     def _grant(self):
         """Grants whom it can, and notes who is to be woken."""
-        before, self._blocked = self._blocked, None
+        before, self._held = self._blocked, {}
         try:
             if self._waiters.count and self._grant_front():
                 self._grant_lines()
         except CacheClosed as error:
             for waiter in list(self._waiters):
                 self._finish(waiter, error=error)
-        if before is not None and before is not self._blocked and not before.done:
-            self._woken.append(before)  # no longer a hold, but room is what it lacks
+        self._blocked = self._held  # at once: it is read without the lock
+        for waiter in before:
+            if not (waiter in self._blocked or waiter.done):
+                self._woken.append(waiter)  # no longer a hold, but room is what it lacks
 
     def _grant_front(self):
         """True if nobody is left before the lines."""
         for waiter in list(self._waiters.front):
             if waiter.total <= waiter.room:
                 self._attempt(waiter)
-        return not self._waiters.front and self._blocked is None
+        return not (self._waiters.front or self._held)
 
     def _grant_lines(self):
         now, refused = self._clock(), None
-        while self._waiters.count and self._blocked is None:
+        while self._waiters.count and not self._held:
             room = free, unclaimed = self._cache._room()
             waiter = self._waiters.choose(free - self._keep, unclaimed, now)
             if waiter is None and self._shares and self._look_at_first():
@@ -265,7 +268,7 @@ class Desk:
             return True
         if not granted:
             if granted is not None:
-                self._blocked = waiter
+                self._held[waiter] = None
             return waiter.done
         self._finish(waiter, lease=granted)
         if line is not None:

@@ -26,7 +26,10 @@ def _planned(cache, request_ids):
         after.setdefault(parent, []).append(row)
     most = chunk_tokens_of(cache.spec) // cache.spec.block_size
     plan, entries = [], []
-    waiting = [(-1, root, [row]) for root in sorted(after, reverse=True) if root < 0 for row in after[root]]
+    roots = [
+        root for root in sorted(after, reverse=True) if root in salts
+    ]  # by a salt forgotten nothing is found
+    waiting = [(-1, root, [row]) for root in roots for row in after[root]]
     for parent, root, rows in waiting:  # grows while it is walked: those before come before
         nexts = after.get(int(numbers[rows[-1]]), [])
         while len(nexts) == 1 and len(rows) < most:

@@ -26,14 +26,14 @@ class Victims(Desk):
                 self._waiters.lead(waiter)
                 self._grant()
         while not waiter.done:
-            if self._blocked is waiter:  # enough has been freed, and will be there when a hold has ended
+            if waiter in self._blocked:  # enough has been freed, and will be there when a hold has ended
                 yield None
                 continue
             victim = self._victim_for(waiter, stage.victim)
             if victim is not None:
                 if not (yield from self._take_out(waiter, victim, stage)):
                     break
-            elif self._blocked is not waiter:
+            elif waiter not in self._blocked:
                 break
             with self._turn:
                 self._grant()
@@ -98,7 +98,7 @@ class Victims(Desk):
         with self._turn:
             self._settle_accounts(list(self._live))
             self._note_growth()
-            if waiter.done or self._blocked is waiter:
+            if waiter.done or waiter in self._blocked:
                 return None
             leases = [each for each in self._live.values() if self._may_leave(each, waiter)]
             if choice == "priority":

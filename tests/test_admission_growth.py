@@ -1,6 +1,7 @@
 """Growth through the queue: what ends its wait, what its refusals say, and whose tokens are taken back."""
 
 import math
+import threading
 
 import pytest
 from crowd import Crowd
@@ -151,6 +152,32 @@ def test_what_growth_is_told_is_exact(placement, steps, more, overcommit):
     assert not cache.append_tokens("a", answer.fitting_tokens + 1)
     assert cache.append_tokens("a", answer.fitting_tokens)
     cache.check()
+
+
+# ---- holds
+
+
+def test_all_growth_that_only_a_hold_is_in_the_way_of_waits_for_its_end(crowd):
+    here = crowd(Reject(), overcommit=2.0)
+    for name in "abc":
+        here.ask(name, 4, max_tokens=12)
+    entered, leave = threading.Event(), threading.Event()
+
+    def step():
+        with here.cache.hold():
+            entered.set()
+            leave.wait(30)
+
+    thread = threading.Thread(target=step)
+    thread.start()
+    assert entered.wait(30)
+    try:
+        assert [here.grow(name, 4) for name in "ab"] == [None, None]  # both would have to move
+        assert here.grow("c", 4) is True
+    finally:
+        leave.set()
+        thread.join(30)
+    assert [here.answer(("grow", name)) for name in "ab"] == [True, True]
 
 
 # ---- whose tokens are taken back

@@ -129,6 +129,19 @@ def test_only_prefixes_of_these_sequences(make, path):
     assert [seen(two, ids) for ids in (C, A, B)] == [0, 12, 20]
 
 
+def test_what_is_under_a_salt_that_has_been_forgotten_is_left_out(make, path):
+    cache = make()
+    for name, salt in (("a", "long ago"), ("b", None)):
+        compute(cache, name, range(8), salt)
+        cache.free_for(name)
+    for number in range(2 * 64 + 1024):
+        cache.probe(range(8), salt=number)
+    assert cache.save(path) == 8
+    other = make()
+    assert other.load(path) == 8
+    assert seen(other, range(8)) == 8 and seen(other, range(8), "long ago") == 0
+
+
 def test_salts_are_kept_apart_and_by_type(make, path):
     one = make()
     for name, salt in (("a", "tenant"), ("b", b"tenant"), ("c", None), ("d", "")):
