@@ -25,6 +25,7 @@ class Tenant:
         "contested",  # those of its lines that are not alone at their levels
         "is_closed",  # it has no room for the first of its old ones: what comes for it is kept for that
         "kept_for",  # the first of its old ones, as in `old`, if it has room for that
+        "limited",
         "lines",
         "most_blocks",
         "most_sequences",
@@ -39,6 +40,7 @@ class Tenant:
         self.name = name
         self.tally = tally
         self.most_blocks, self.most_sequences = most_blocks, most_sequences
+        self.limited = most_blocks != NEVER or most_sequences != NEVER
         self._blocks = self.sequences = self.waiting = 0
         self.changed = self.kept_for = None
         self.is_closed = False
@@ -54,10 +56,6 @@ class Tenant:
         self._blocks = blocks
         if self.lines:
             self.changed[self] = None
-
-    @property
-    def limited(self):
-        return self.most_blocks != NEVER or self.most_sequences != NEVER
 
     @property
     def room(self):
