@@ -31,7 +31,15 @@ def test_floor(measure, name):
 
 def test_nobody_waits(measure):
     """An allocation through the queue and a free; its floor is the same without the queue."""
-    cache, queue = make()
+    measure_pairs(measure, *make())
+
+
+def test_nobody_waits_and_the_tenant_has_a_limit(measure):
+    """The same, of a tenant that has room for it."""
+    measure_pairs(measure, *make(tenants={None: TenantLimit(sequences=10, share=0.5)}))
+
+
+def measure_pairs(measure, cache, queue):
     bare = KVCache(1, 1, 64, 2_048 * 16, 16, backend="none")
     ids = [f"request-{number}" for number in range(PAIRS)]
 
@@ -119,7 +127,9 @@ def waiting(request):
     made.close()
 
 
-@pytest.mark.parametrize("waiting", [1, 100], indirect=True, ids=["tenants=1", "tenants=100"])
+@pytest.mark.parametrize(
+    "waiting", [1, 100, 1_000], indirect=True, ids=["tenants=1", "tenants=100", "tenants=1000"]
+)
 def test_a_free_decides_and_notifies_one_of_many(measure, waiting):
     """The free itself, the choice, the grant, and the call that wakes the task."""
 

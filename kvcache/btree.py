@@ -4,6 +4,7 @@ What comes, goes and is looked for takes `O(log n)`. A node goes when it is empt
 needed, until it is empty itself.
 """
 
+import math
 from bisect import bisect_left, bisect_right
 
 from kvcache.errors import KVCacheError
@@ -147,7 +148,7 @@ class Needs(Tree):
 
     def least(self):
         """The least of all, in all and at once."""
-        return min(self.totals), min(self.firsts)
+        return min(self.totals, default=math.inf), min(self.firsts, default=math.inf)
 
     def fitting(self, total, first):
         """Yields the things that may be content with that, in order."""

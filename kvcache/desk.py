@@ -253,8 +253,8 @@ class Desk:
 
     def _look_at_first(self):
         """Whether the one that came first needs something else by now: others may have computed what it begins with."""
-        heads = [line.head for line in self._waiters.lines.values()]
-        return bool(heads) and min(heads, key=lambda each: each.number).look(self)
+        first = self._waiters.first()
+        return first is not None and first.look(self)
 
     def _attempt(self, waiter):
         """Asks the cache. True: it no longer waits."""

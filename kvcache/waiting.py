@@ -293,6 +293,7 @@ class Waiters:
         self.levels = Needs()  # by their ranks, with what nobody there has ever needed less than
         self.by_rank = {}
         self.young = Counts()  # lines by the number of their first, not known to be old: overtaken how often
+        self.old = []  # (number, waiter) of all other lines, in order of arrival
         self.kept_for = []  # what tenants have as `kept_for`, in order of arrival
         self.changed = {}  # tenant -> None: what it holds, or what its first old one needs
         self.count = 0
@@ -327,6 +328,13 @@ class Waiters:
         waiter.tenant.waiting += 1
         self.count += 1
 
+    def first(self):
+        """The one in lines that came first; None where nobody is."""
+        heads = [self.old[0][1]] if self.old else []
+        if self.young:
+            heads.append(self.young.first().head)
+        return min(heads, key=lambda each: each.number, default=None)
+
     def lead(self, waiter):
         """Before all lines, and in its own as well if it is in one."""
         if waiter not in self.front:
@@ -358,6 +366,9 @@ class Waiters:
 
     def choose(self, free, unclaimed, now):
         """Whom to grant now, of those in lines, with so many blocks free for newcomers and unclaimed; or None."""
+        total, first = self.levels.least()
+        if total > unclaimed or first > free:
+            return None
         self._find_old(now)
         if self.kept_for:
             _, waiter = self.kept_for[0]
@@ -392,8 +403,8 @@ class Waiters:
         """Another one is the first of the line, or nobody."""
         if line.is_old:
             line.is_old = False
-            old = line.tenant.old
-            del old[bisect_left(old, (waiter.number,))]
+            for old in self.old, line.tenant.old:
+                del old[bisect_left(old, (waiter.number,))]
             self._review(line.tenant)
         else:
             self.young.take(waiter.number)
@@ -420,7 +431,8 @@ class Waiters:
                 return
             self.young.take(line.head.number)
             line.is_old = True
-            insort(line.tenant.old, (line.head.number, line.head))
+            for old in self.old, line.tenant.old:
+                insort(old, (line.head.number, line.head))
             self._review(line.tenant)
 
     def _review(self, tenant):
@@ -454,6 +466,9 @@ class Waiters:
         if dict(list(self.levels)) != self.by_rank or lines != self.lines:
             raise KVCacheError(f"levels {list(self.levels)} have lines {lines}, there are {self.lines}")
         young = [(line.head.number, line) for line in self.lines.values() if not line.is_old]
+        old = sorted([(line.head.number, line.head) for line in self.lines.values() if line.is_old])
+        if self.old != old:
+            raise KVCacheError(f"old are {old}, the list has {self.old}")
         if dict(list(self.young)) != dict(young):
             raise KVCacheError(f"young are {young}, the tree has {list(self.young)}")
         count = sum([line.count for line in self.lines.values()]) + sum(

@@ -23,11 +23,12 @@ class Someone:
         self.tenant, self.level, self.since = tenant, level, since
         self.total, self.first = total, first
         self.line = self.place = None
+        self.shared = 0  # blocks that it does not need, but its tenant pays for
         self.overtaken = 0  # the twin's
 
     @property
     def room(self):
-        return NEVER if self.level == RETURNING else self.tenant.room
+        return NEVER if self.level == RETURNING else self.tenant.room - self.shared
 
     def fits(self, free, unclaimed):
         return self.total <= unclaimed and self.first <= free
@@ -63,7 +64,8 @@ class Twin:
         fitting = [
             each
             for each in self.waiting
-            if each.fits(free, min(unclaimed, each.room))
+            if each.total <= each.room
+            and each.fits(free, unclaimed)
             and (each.tenant not in closed or each.level == RETURNING)
         ]
         return min(
@@ -116,7 +118,7 @@ class Walk:
 
     def need_something_else(self):
         each = self.pick()
-        each.total, each.first = self.need(), self.need()
+        each.total, each.first, each.shared = self.need(), self.need(), self.chance.choice([0, 0, 1, 3])
         each.line.update(each)
 
     def lead_and_be_granted(self):
@@ -136,7 +138,7 @@ class Walk:
         self.twin.waiting.remove(each)
         self.waiters.remove(each)
         if each.level != RETURNING:
-            each.tenant.blocks += each.total
+            each.tenant.blocks += each.total + each.shared
             each.tenant.sequences += 1
         self.waiters.note_grant(each)
         self.twin.note_grant(each)
@@ -157,6 +159,7 @@ class Walk:
     def look(self):
         self.waiters.check()
         assert sorted(each.number for each in self.waiters) == [each.number for each in self.twin.waiting]
+        assert self.waiters.first() is (self.twin.waiting[0] if self.twin.waiting else None)
         assert self.waiters.oldest() == min([each.since for each in self.twin.waiting], default=None)
 
     def everybody_leaves(self):
