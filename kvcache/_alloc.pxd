@@ -26,6 +26,7 @@ from kvcache._calls cimport (
 )
 from kvcache._copy cimport Copier, Sources, plane_t
 from kvcache._door cimport Allocation, Door
+from kvcache._ids cimport ids_t
 from kvcache._looks cimport Looks
 from kvcache._prefixes cimport Prefixes
 from kvcache._pool cimport (
@@ -51,6 +52,7 @@ from kvcache._runs cimport BlockAllocator, BlockRun
 
 
 cdef class CacheCore(Prefixes):
+    cdef status_t append_quietly(self, handle_t handle, const ids_t *ids, bint patient) noexcept nogil
     cdef bint append_patiently(self, Allocation found, int64_t count, const int32_t *ids) except -1
 
 

@@ -13,17 +13,18 @@ from kvcache._calls cimport (
     hold_briefly,
     pool_commit_at,
     pool_fork_at,
+    wait_for_holds,
 )
 from kvcache._door cimport new_record
-from kvcache._foresight cimport need_of, room_t, room_without
-from kvcache._ids cimport as_count, as_token, drop_ids, ids_t, is_count, read_ids
-from kvcache._lock cimport kv_lock_is_mine, kv_lock_try
+from kvcache._foresight cimport growth_for, need_of, room_for, room_t, room_without
+from kvcache._ids cimport Tokens, as_count, as_token, drop_ids, ids_t, is_count, read_ids
+from kvcache._lock cimport kv_lock, kv_lock_is_mine, kv_lock_try
 from kvcache._policy cimport read_clock
-from kvcache._pool cimport committed_tokens, is_live, my_hold, place_of
+from kvcache._pool cimport committed_tokens, is_live, my_hold, place_of, refusals_t
 from kvcache._reuse cimport note_ids
-from kvcache._sequences cimport append, pool_unlock, split
+from kvcache._sequences cimport append, cut, pool_unlock, split
 
-from kvcache.errors import KVCacheError, SequenceExists
+from kvcache.errors import KVCacheError, SequenceExists, UnknownSequence
 
 cdef extern from *:
     bint unlikely(bint condition) nogil
@@ -201,14 +202,37 @@ cdef class CacheCore(Prefixes):
             self.tell(request_id)
         return True
 
-    # -- for whoever grants on behalf of others: admission and growth that never wait for holds
+    # -- for whoever grants on behalf of others: admission and growth that never wait for holds. A lack of room is not
+    # counted here: whoever asks may ask again, and counts what comes of it in the end
 
-    def _measured(self, prompt, max_tokens, max_new_tokens):
-        """Tokens and limit of a request, or the error that it is."""
+    def _measured(self, prompt, max_tokens, max_new_tokens, salt=None, priority=0, ttl=None):
+        """The prompt, its ids as they are now, its tokens and its limit; or the error that the request is."""
         cdef ids_t ids
-        cdef int64_t tokens = self.tokens_of(prompt, &ids)
+        cdef request_t request = counted(0, 0)
+        cdef int64_t tokens
+        if not is_count(prompt) and type(prompt) is not Tokens:
+            prompt = Tokens(prompt)
+        tokens = self.tokens_of(prompt, &ids)
         drop_ids(&ids)
-        return tokens, self.limit_for(tokens, max_tokens, max_new_tokens)
+        self.ask_kept(&request, salt, priority, ttl)
+        return prompt, tokens, self.limit_for(tokens, max_tokens, max_new_tokens)
+
+    def _look_ahead(self, prompt, max_tokens, max_new_tokens, salt=None):
+        """Tokens and limit of a request; blocks that are free, that may be promised, and that it shares with others."""
+        cdef ids_t ids
+        cdef request_t request = counted(self.tokens_of(prompt, &ids), 0)
+        cdef room_t room
+        request.ids = ids.data
+        try:
+            request.limit = self.limit_for(request.tokens, max_tokens, max_new_tokens)
+            request.salt = self.salt_of(salt)
+            self.known()
+            self.lock_pool()
+            room = room_for(&self.pool, &request)
+            pool_unlock(&self.pool)
+        finally:
+            drop_ids(&ids)
+        return request.tokens, request.limit, room.there, room.unclaimed, room.shared
 
     def _allocate_up_to(self, request_id, prompt, max_tokens, max_new_tokens, least, int64_t keep, salt=None,
                         priority=0, ttl=None):
@@ -220,6 +244,7 @@ cdef class CacheCore(Prefixes):
         cdef int64_t floor
         cdef status_t status
         cdef bint mine = False
+        cdef refusals_t refused
         cdef Allocation record
         request.ids, request.keep = ids.data, keep
         try:
@@ -233,7 +258,9 @@ cdef class CacheCore(Prefixes):
             record = new_record(request_id, request.tokens, request.limit)
             self.lock_pool()
             with nogil:
+                refused = self.pool.sight.refused
                 status = admit_up_to(&self.pool, &request, floor, &record.handle)
+                self.pool.sight.refused = refused
                 mine = status == HELD and my_hold(&self.pool) != NULL
                 pool_unlock(&self.pool)
         finally:
@@ -245,70 +272,117 @@ cdef class CacheCore(Prefixes):
         record.max_tokens, record.cached_tokens = request.limit, request.cached
         return self.enter(record) if self.answer(status, request_id) else None
 
-    def _append_now(self, request_id, tokens):
-        """Growth, by a count or by ids, that does not wait: True or False, None where it would have to wait for a hold
-        of another thread.
+    def _append_now(self, request_id, tokens, Allocation record=None, bint patient=False):
+        """Growth, by a count or by ids; with a record, of this very sequence, and asked for before. True or False;
+        None, unless `patient`, where it would have to wait for a hold of another thread.
         """
         cdef Allocation found = self.find(request_id)
         cdef handle_t handle = found.handle
-        cdef status_t status = STALE
-        cdef bint mine = False
+        cdef status_t status = BUSY
+        cdef bint mine = False, counts = record is None
         cdef ids_t ids
+        if record is not None and found is not record:
+            raise UnknownSequence(request_id=request_id)
         ids.data, ids.own, ids.lent = NULL, NULL, False
         if is_count(tokens):
             ids.count = as_count(tokens, "tokens", 0)
         else:
             read_ids(tokens, &ids)
         try:
-            self.lock_pool()
-            with nogil:
-                self.pool.pause = 0
-                if is_live(&self.pool, handle):
-                    status = append(&self.pool, place_of(handle), ids.count, True)
-                    if status == OK and ids.data != NULL:
-                        note_ids(&self.pool, place_of(handle),
-                                 self.pool.space.hot[place_of(handle)].tokens - ids.count, ids.data, ids.count)
+            if kv_lock_try(&self.pool.lock):
+                status = self.append_quietly(handle, &ids, False)
+                self.pool.sight.refused.past_limit += counts and status == PAST_LIMIT
                 mine = status == HELD and my_hold(&self.pool) != NULL
                 pool_unlock(&self.pool)
+            if status == BUSY or (status == HELD and patient):
+                self.before_waiting()
+                with nogil:
+                    kv_lock(&self.pool.lock)
+                    while True:
+                        status = self.append_quietly(handle, &ids, True)
+                        if status != HELD or not patient or wait_for_holds(&self.pool) != OK:
+                            break
+                    self.pool.sight.refused.past_limit += counts and status == PAST_LIMIT
+                    mine = status == HELD and my_hold(&self.pool) != NULL
+                    pool_unlock(&self.pool)
         finally:
             drop_ids(&ids)
         if status == HELD and not mine:
             return None
         return self.answer(status, request_id)
 
+    cdef status_t append_quietly(self, handle_t handle, const ids_t *ids, bint patient) noexcept nogil:
+        cdef refusals_t refused = self.pool.sight.refused
+        cdef int32_t who = place_of(handle)
+        cdef status_t status
+        self.pool.pause = 0
+        if not is_live(&self.pool, handle):
+            return STALE
+        status = append(&self.pool, who, ids.count, patient)
+        self.pool.sight.refused = refused
+        if status == OK and ids.data != NULL:
+            note_ids(&self.pool, who, self.pool.space.hot[who].tokens - ids.count, ids.data, ids.count)
+        return status
+
+    def _take_back(self, Allocation record not None, int64_t count):
+        """Cuts the last tokens of the very sequence that was granted, as far as it has them; whether it lives."""
+        cdef status_t status = STALE
+        cdef int32_t who
+        self.before_waiting()
+        with nogil:
+            kv_lock(&self.pool.lock)
+            if is_live(&self.pool, record.handle):
+                who = place_of(record.handle)
+                status = cut(&self.pool, who, max(self.pool.space.hot[who].tokens - count, <int64_t>0))
+            pool_unlock(&self.pool)
+        if status == STALE:
+            return False
+        if self.watchers is not None and status == OK:
+            self.tell(record.request_id)
+        return self.answer(status, record.request_id)
+
     def _record_of(self, request_id):
         """The record of a sequence that lives, by which it is told from a later one of its name."""
         return self.find(request_id)
 
     def _growth_of(self, Allocation record not None, int64_t more):
-        """Of the very sequence that was granted: its tokens, its limit, and blocks that so many more tokens take, the
-        copy of a shared one included.
+        """Of the very sequence that was granted: its tokens, its limit; blocks that so many more tokens take, the copy
+        of a shared one included; how many there is room for; blocks that are free, and that may be promised.
         """
         cdef int who = self.live(record)
         cdef int64_t tokens = self.pool.space.hot[who].tokens, limit = self.pool.space.seqs[who].limit
         cdef int64_t blocks = need_of(&self.pool, who, more)
+        cdef int64_t most = min(growth_for(&self.pool, who), limit - tokens)
+        cdef room_t room = room_for(&self.pool, NULL)
         pool_unlock(&self.pool)
-        return tokens, limit, blocks
+        return tokens, limit, blocks, most, room.there, room.unclaimed
 
-    def _room_without(self, list records not None):
-        """`_room` as it would be if these sequences had ended, and for each the blocks and the claims that it has a
-        part in: of what would come free, a block that several of them share is a part of each.
+    def _room_without(self, list records not None, prompt=1, salt=None):
+        """Blocks that would be free, that might be promised, and that the prompt would share with others, if these
+        sequences had ended; and for each the blocks and the claims that it has a part in: of what would come free, a
+        block that several of them share is a part of each, and one that the prompt needs of none.
         """
+        cdef ids_t ids
+        cdef request_t request = counted(self.tokens_of(prompt, &ids), 0)
         cdef int64_t count = len(records), index
         cdef int64_t *parts = <int64_t *>malloc(max(count, <int64_t>1) * 2 * sizeof(int64_t))
         cdef handle_t *handles = <handle_t *>malloc(max(count, <int64_t>1) * sizeof(handle_t))
         cdef room_t room
+        request.ids = ids.data
         try:
             if parts == NULL or handles == NULL:
                 raise MemoryError(f"no memory to look at {count} sequences")
+            request.salt = self.salt_of(salt)
             for index in range(count):
                 handles[index] = (<Allocation?>records[index]).handle
             self.lock_pool()
-            room = room_without(&self.pool, handles, count, NULL, parts, &parts[count])
+            room = room_without(&self.pool, handles, count, &request, parts, &parts[count])
             pool_unlock(&self.pool)
             blocks = [parts[index] for index in range(count)]
-            return room.there, room.unclaimed, blocks, [parts[index] for index in range(count, 2 * count)]
+            claims = [parts[index] for index in range(count, 2 * count)]
+            return room.there, room.unclaimed, room.shared, blocks, claims
         finally:
+            drop_ids(&ids)
             free(parts)
             free(handles)
 

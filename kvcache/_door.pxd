@@ -57,6 +57,7 @@ cdef class Door:
     cdef double calm_clock(self)
     cdef int32_t salt_of(self, object salt) except -1
     cdef int ask(self, request_t *request, object salt, object priority, object ttl) except -1
+    cdef int ask_kept(self, request_t *request, object salt, object priority, object ttl) except -1
     cdef int64_t limit_for(self, int64_t tokens, object max_tokens, object max_new_tokens) except -1
     cdef int require_fitting(self, str what, object tokens, int64_t count) except -1
 

@@ -421,7 +421,12 @@ cdef class Door:
         return number
 
     cdef int ask(self, request_t *request, object salt, object priority, object ttl) except -1:
-        """What a request says beside its tokens."""
+        """What a request says beside its tokens, and the clock's time."""
+        self.ask_kept(request, salt, priority, ttl)
+        request.when = self.read_clock()
+        return 0
+
+    cdef int ask_kept(self, request_t *request, object salt, object priority, object ttl) except -1:
         request.salt = self.salt_of(salt)
         if type(priority) is not int or priority != 0:
             request.priority = <int32_t>min(as_count(priority, "priority", -MOST_PRIORITY), MOST_PRIORITY)
@@ -431,7 +436,6 @@ cdef class Door:
             request.ttl = <double>ttl
             if not request.ttl > 0:
                 raise ValueError(f"ttl must be more than 0, not {ttl}")
-        request.when = self.read_clock()
         return 0
 
     cdef int64_t limit_for(self, int64_t tokens, object max_tokens, object max_new_tokens) except -1:

@@ -13,3 +13,4 @@ cdef room_t room_for(pool_t *pool, const request_t *request) noexcept nogil
 cdef room_t room_without(pool_t *pool, const handle_t *handles, int64_t count, const request_t *request,
                          int64_t *blocks, int64_t *claims) noexcept nogil
 cdef int64_t need_of(const pool_t *pool, int32_t who, int64_t more) noexcept nogil
+cdef int64_t growth_for(const pool_t *pool, int32_t who) noexcept nogil

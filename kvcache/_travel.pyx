@@ -32,6 +32,7 @@ from kvcache._pool cimport (
     keeps,
     my_hold,
     place_of,
+    refusals_t,
     request_t,
     reuse_t,
     slot_of,
@@ -136,7 +137,7 @@ cdef class TravelCore(CacheCore):
         return journey is not None and journey.record is record
 
     def _transfer_of(self, request_id):
-        """What carries a sequence that is suspended or on its way, or has carried it last; None for one that is here."""
+        """What carries a sequence that is away, or has carried it last; None for one that is here."""
         cdef Journey journey = self.journey_of(request_id)
         return None if journey is None else journey.transfer
 
@@ -158,8 +159,8 @@ cdef class TravelCore(CacheCore):
     # -- leaving
 
     def _depart(self, request_id, transfer=None, Allocation granted=None):
-        """A live sequence, of this grant if there is one, sets out: its `Journey`. From now on its id is `Suspended`, its
-        blocks are still held.
+        """A live sequence, of this grant if there is one, sets out: its `Journey`. From now on its id is `Suspended`,
+        its blocks are still held.
         """
         cdef Allocation record = self.find(request_id)
         cdef Journey there, journey = Journey.__new__(Journey)
@@ -301,6 +302,7 @@ cdef class TravelCore(CacheCore):
         cdef status_t status = STALE
         cdef int64_t cached = 0
         cdef bint mine = False
+        cdef refusals_t refused
         if journey is None or journey.record is not record:
             self.live(record)
             pool_unlock(&self.pool)
@@ -317,11 +319,14 @@ cdef class TravelCore(CacheCore):
         self.before_waiting()
         with nogil:
             kv_lock(&self.pool.lock)
+            refused = self.pool.sight.refused
             while True:
                 self.pool.pause = 0
                 status = CLOSED if self.pool.closed else self.admit_journey(journey, ids, &cached)
                 if status != HELD or not patient or wait_for_holds(&self.pool) != OK:
                     break
+            if not patient:  # whoever asks again and again counts for itself
+                self.pool.sight.refused = refused
             mine = status == HELD and my_hold(&self.pool) != NULL
             pool_unlock(&self.pool)
         if not self.knows(record):  # freed meanwhile

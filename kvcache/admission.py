@@ -7,6 +7,7 @@ from contextlib import suppress
 from kvcache.course import Courses, stages_of
 from kvcache.desk import TenantLimit
 from kvcache.lease import Lease
+from kvcache.options import as_callable, as_index
 from kvcache.refusals import Fits, Refusal
 from kvcache.sleepers import TaskSleeper, ThreadSleeper
 from kvcache.strategies import Chain, Evict, Reduce, Reject, Swap, Wait
@@ -59,6 +60,13 @@ class Pending(Coroutine):
     async def __aexit__(self, *exception):
         if self._lease:
             self._lease.free()
+
+
+def _checked(priority, on_evict, on_swap):
+    """The priority as an int; raises `TypeError` for what an owner cannot say."""
+    as_callable(on_evict, "on_evict")
+    as_callable(on_swap, "on_swap")
+    return as_index(priority, "priority")
 
 
 class AllocationQueue(Courses):
@@ -164,6 +172,8 @@ class AllocationQueue(Courses):
             It would have to wait, and this thread has a hold open.
         """
         stages = self._stages if strategy is None else stages_of(strategy, self._cache)
+        if type(priority) is not int or on_evict is not None or on_swap is not None:
+            priority = _checked(priority, on_evict, on_swap)
         kept, owner = (salt, cache_priority, ttl), (priority, on_evict, on_swap)
         lease = self._at_once(request_id, prompt, max_tokens, max_new_tokens, tenant, kept, owner)
         if lease is not None:
@@ -192,7 +202,8 @@ class AllocationQueue(Courses):
         A task that is cancelled, at whichever point, leaves the queue and holds nothing.
         """
         stages = self._stages if strategy is None else stages_of(strategy, self._cache)
-
+        if type(priority) is not int or on_evict is not None or on_swap is not None:
+            priority = _checked(priority, on_evict, on_swap)
         kept, owner = (salt, cache_priority, ttl), (priority, on_evict, on_swap)
 
         async def serve():
@@ -211,26 +222,24 @@ class AllocationQueue(Courses):
 
         Growth goes before newcomers. At the limit of the sequence it is refused at once: see `KVCache.set_limit`.
         """
-        cache = self._cache
-        one = type(tokens) is int and tokens == 1
-        if cache.append_token(request_id) if one else cache.append_tokens(request_id, tokens):
+        stages = self._stages if strategy is None else stages_of(strategy, self._cache)
+        if self._cache._append_now(request_id, tokens, None, True):
             self.touch((request_id,))
             return True
         waiter = self._grower(request_id, tokens, ThreadSleeper())
         if waiter.is_past_limit:
-            return self._refusal(waiter, "never_fits")
-        stages = self._stages if strategy is None else stages_of(strategy, self._cache)
+            return self._past_limit(waiter)
         return self._drive(waiter, self._grow(waiter, stages))
 
     async def append_async(self, request_id, tokens=1, *, strategy=None):
         """As `append`, for tasks."""
+        stages = self._stages if strategy is None else stages_of(strategy, self._cache)
         if self._cache._append_now(request_id, tokens):
             self.touch((request_id,))
             return True
         waiter = self._grower(request_id, tokens, TaskSleeper())
         if waiter.is_past_limit:
-            return self._refusal(waiter, "never_fits")
-        stages = self._stages if strategy is None else stages_of(strategy, self._cache)
+            return self._past_limit(waiter)
         return await self._drive_async(waiter, self._grow(waiter, stages))
 
     def resume(self, request_id, *, recompute=False, strategy=None):
@@ -280,16 +289,14 @@ class AllocationQueue(Courses):
                 with suppress(KeyError):  # not of this queue, or just freed
                     self._live.move_to_end(request_id)
 
-    def explain(self, prompt, max_tokens=None, *, max_new_tokens=None, tenant=None):
+    def explain(self, prompt, max_tokens=None, *, max_new_tokens=None, tenant=None, salt=None):
         """`Fits`, or the `Refusal` that a newcomer would get now; those who wait are not looked at."""
-        answer = self._cache.explain(prompt, max_tokens, max_new_tokens=max_new_tokens)
-        if not answer and answer.reason == "never_fits":
-            return answer
+        tokens, limit, *room = self._cache._foresee(prompt, max_tokens, max_new_tokens, salt)
         with self._turn:
             account = self._account(tenant)
-            room = self._room_for(account)
+            room = self._room_for(account, *room)
             self._drop_if_idle(account)
-        return room.judge(None, answer.tokens, answer.max_tokens, tenant=tenant)
+        return room.judge(None, tokens, limit, tenant=tenant)
 
     # ---- sight
 

@@ -13,7 +13,7 @@ from kvcache.health import Watch
 from kvcache.options import PLACEMENTS, as_index, check_options, check_stores, order_of, spec_of
 from kvcache.outside import Outside
 from kvcache.queues import Queues
-from kvcache.refusals import Refusal, Room
+from kvcache.refusals import Room
 from kvcache.sight import Sight
 
 __all__ = ["PLACEMENTS", "DecodeBatch", "KVCache"]
@@ -159,8 +159,10 @@ class KVCache(Sight, Outside, TravelCore):
 
     # ---- admission beforehand
 
-    def explain(self, prompt, max_tokens=None, *, max_new_tokens=None):
+    def explain(self, prompt, max_tokens=None, *, max_new_tokens=None, salt=None):
         """What `allocate_for` would say now, and why.
+
+        Holds are not looked at: inside one of this thread's own, `allocate_for` may raise `CacheHeld` for what fits.
 
         Returns
         -------
@@ -173,15 +175,23 @@ class KVCache(Sight, Outside, TravelCore):
         TypeError, ValueError
             As `allocate_for`.
         """
-        free, unclaimed = self._room()
-        room = Room(self.spec.block_size, free, min(unclaimed, self.spec.num_blocks))
+        tokens, limit, *room = self._foresee(prompt, max_tokens, max_new_tokens, salt)
+        return Room(self.spec.block_size, self.spec.num_blocks, *room).judge(None, tokens, limit)
+
+    def _foresee(self, prompt, max_tokens, max_new_tokens, salt):
+        """Tokens and limit of a request, also of one that is too large; then what a `Room` has of it."""
         try:
-            tokens, limit = self._measured(prompt, max_tokens, max_new_tokens)
+            return self._look_ahead(prompt, max_tokens, max_new_tokens, salt)
         except RequestTooLarge as error:
-            too_many = error.blocks_needed - error.num_blocks
-            there = (error.blocks_needed, room.free, room.unclaimed, too_many)
-            return Refusal("never_fits", None, error.tokens, error.tokens, *there, fitting_tokens=0)
-        return room.judge(None, tokens, limit)
+            if error.what == "max_tokens":
+                tokens, _, *room = self._look_ahead(prompt, None, None, salt)
+                return tokens, error.tokens, *room
+            limit = error.tokens
+            if max_tokens is not None:
+                limit = as_index(max_tokens, "max_tokens")
+            elif max_new_tokens is not None:
+                limit += as_index(max_new_tokens, "max_new_tokens")
+            return error.tokens, limit, *self._room()
 
     # ---- views and writes
 

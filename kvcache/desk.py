@@ -8,10 +8,12 @@ middle of it all is safe.
 
 import time
 from collections import OrderedDict, deque
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from kvcache.errors import CacheClosed, CacheHeld, KVCacheError
 from kvcache.lease import Lease
+from kvcache.options import as_count, as_number
 from kvcache.parking import ParkingLock
 from kvcache.refusals import Room
 from kvcache.tallies import Tallies
@@ -37,11 +39,10 @@ class TenantLimit:
     share: float | None = None
 
     def __post_init__(self):
-        for name, least in (("tokens", 1), ("sequences", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, not {value}")
-        if self.share is not None and not 0 < self.share <= 1:
+        for name in ("tokens", "sequences"):
+            if getattr(self, name) is not None:
+                as_count(getattr(self, name), name, 1)
+        if self.share is not None and not 0 < as_number(self.share, "share") <= 1:
             raise ValueError(f"share must be above 0 and at most 1, not {self.share}")
 
     def most_blocks(self, spec):
@@ -74,15 +75,27 @@ class Desk:
     def __init__(
         self, cache, name, keep_free, patience, most_overtaken, tenants, tenant_limit, warn_after, clock
     ):
-        if keep_free < 0 or patience < 0 or most_overtaken < 0:
-            raise ValueError("keep_free, patience and most_overtaken must be at least 0")
-        if warn_after is not None and not warn_after > 0:
-            raise ValueError(f"warn_after must be above 0, not {warn_after}")
         self._cache = cache
         self._size = cache.spec.block_size
-        self._keep = -(-keep_free // self._size)
+        self._keep = -(-as_count(keep_free, "keep_free") // self._size)
+        if self._keep >= cache.spec.num_blocks:
+            arena = cache.spec.num_blocks * self._size
+            raise ValueError(f"keep_free={keep_free} leaves newcomers nothing of an arena of {arena} tokens")
+        as_number(patience, "patience", 0)
+        as_count(most_overtaken, "most_overtaken")
+        if warn_after is not None and not as_number(warn_after, "warn_after") > 0:
+            raise ValueError(f"warn_after must be above 0, not {warn_after}")
+        if not callable(clock):
+            raise TypeError(f"clock must be callable, not {type(clock).__name__}")
+        self._shares = cache.placement == "paged"  # prompts hold what others hold
+        if not isinstance(tenants, (Mapping, type(None))):
+            raise TypeError(f"tenants must be a mapping, not {type(tenants).__name__}")
         self._limits = dict(tenants or {})
         self._limit = tenant_limit
+        for tenant, limit in (*self._limits.items(), (None, tenant_limit)):
+            if limit is not None and not isinstance(limit, TenantLimit):
+                whose = "tenant_limit" if tenant is None else f"the limit of tenant {tenant!r}"
+                raise TypeError(f"{whose} must be a TenantLimit, not {type(limit).__name__}")
         self._tallies = Tallies(self._limits)
         self._warn_after = warn_after
         self._clock = clock
@@ -96,7 +109,8 @@ class Desk:
         self._waiters = Waiters(patience, most_overtaken)
         self._number = 0
         self._woken = []  # to be woken once the lock is given back
-        self._blocked = None  # the waiter whose grant a hold is in the way of
+        self._blocked = {}  # waiter -> None, those whose grant nothing but a hold is in the way of
+        self._held = {}  # as they are found, until all have been asked for
         self._closed = False
         self._turn = Turn(self)
         self._watcher = self._note
@@ -205,32 +219,42 @@ class Desk:
 
     def _grant(self):
         """Grants whom it can, and notes who is to be woken."""
-        before, self._blocked = self._blocked, None
+        before, self._held = self._blocked, {}
         try:
             if self._waiters.count and self._grant_front():
                 self._grant_lines()
         except CacheClosed as error:
             for waiter in list(self._waiters):
                 self._finish(waiter, error=error)
-        if before is not None and before is not self._blocked and not before.done:
-            self._woken.append(before)  # no longer a hold, but room is what it lacks
+        self._blocked = self._held  # at once: it is read without the lock
+        for waiter in before:
+            if not (waiter in self._blocked or waiter.done):
+                self._woken.append(waiter)  # no longer a hold, but room is what it lacks
 
     def _grant_front(self):
         """True if nobody is left before the lines."""
         for waiter in list(self._waiters.front):
             if waiter.total <= waiter.room:
                 self._attempt(waiter)
-        return not self._waiters.front and self._blocked is None
+        return not (self._waiters.front or self._held)
 
     def _grant_lines(self):
         now, refused = self._clock(), None
-        while self._waiters.count and self._blocked is None:
+        while self._waiters.count and not self._held:
             room = free, unclaimed = self._cache._room()
             waiter = self._waiters.choose(free - self._keep, unclaimed, now)
+            if waiter is None and self._shares and self._look_at_first():
+                continue
             if waiter is None or room == refused:
                 return
-            if not self._attempt(waiter):
+            needs = waiter.first, waiter.total
+            if not self._attempt(waiter) and needs == (waiter.first, waiter.total):
                 refused = room  # somebody was faster: it keeps its place
+
+    def _look_at_first(self):
+        """Whether the one that came first needs something else by now: others may have computed what it begins with."""
+        heads = [line.head for line in self._waiters.lines.values()]
+        return bool(heads) and min(heads, key=lambda each: each.number).look(self)
 
     def _attempt(self, waiter):
         """Asks the cache. True: it no longer waits."""
@@ -244,7 +268,7 @@ class Desk:
             return True
         if not granted:
             if granted is not None:
-                self._blocked = waiter
+                self._held[waiter] = None
             return waiter.done
         self._finish(waiter, lease=granted)
         if line is not None:
@@ -279,23 +303,36 @@ class Desk:
 
     # ---- leaving
 
-    def _give_back(self, waiter):
-        """Its thread or task has been interrupted: what it has been granted is freed, now or very soon. Never waits."""
+    def _give_back(self, waiter, error=None):
+        """Its thread or task has failed, or was interrupted: what it has been granted is freed, now or very soon.
+
+        Never waits.
+        """
+        waiter.fault = error
         self._note(waiter)
 
     def _give_up(self, waiter):
         lease, waiter.lease = waiter.lease, None
         if not waiter.done:
-            self._finish(waiter, reason="cancelled")
+            self._finish(waiter, error=waiter.fault, reason=None if waiter.fault else "cancelled")
         elif lease:
             waiter.undo(self, lease)
 
     # ---- what there is
 
-    def _room_for(self, account):
-        """For a newcomer of this tenant."""
-        most = account.room if account.limited else None
-        return Room(self._size, *self._cache._room(), self._keep, most)
+    def _room_for(self, account, free, unclaimed, shared=0):
+        """For a newcomer of this tenant; for one that returns, None."""
+        room = Room(self._size, self._cache.spec.num_blocks, free, unclaimed, shared)
+        if account is None:
+            return room
+        most = account.most_blocks if account.most_blocks != NEVER else None
+        return replace(
+            room,
+            keep=self._keep,
+            tenant=None if most is None else most - account.blocks,
+            most=most,
+            crowded=account.sequences >= account.most_sequences,
+        )
 
     def _refusal(self, waiter, reason):
         """Why the request, which has left the queue, was not granted; `reason` says more than the numbers, if given."""

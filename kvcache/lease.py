@@ -17,6 +17,7 @@ class Lease:
         "_cache",
         "_holder",
         "_leaving",
+        "_tokens",
         "allocation",
         "on_evict",
         "on_swap",
@@ -31,6 +32,7 @@ class Lease:
         self.priority = priority
         self.on_evict, self.on_swap = on_evict, on_swap
         self._leaving = False  # chosen as a victim
+        self._tokens = allocation.tokens  # when it was last looked at
 
     @property
     def tenant(self):

@@ -74,3 +74,26 @@ def as_index(value, name):
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an int, not {type(value).__name__}")
     return value.__index__()
+
+
+def as_number(value, name, least=None):
+    """A number, of at least this if it is given."""
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+    if least is not None and not value >= least:
+        raise ValueError(f"{name} must be at least {least}, not {value}")
+    return value
+
+
+def as_count(value, name, least=0):
+    """An int of at least this."""
+    if as_index(value, name) < least:
+        raise ValueError(f"{name} must be at least {least}, not {value}")
+    return value.__index__()
+
+
+def as_callable(value, name):
+    """A callable, or None."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be callable, not {type(value).__name__}")
+    return value

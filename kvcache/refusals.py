@@ -14,7 +14,7 @@ class Fits:
     tokens, max_tokens : int
         Tokens of the prompt, and the limit, as asked.
     blocks_needed : int
-        Blocks up to the limit.
+        Blocks up to the limit, but for those that it shares with sequences and pins that hold them anyway.
     blocks_free, blocks_unclaimed : int
         Blocks that are free, and blocks that may still be promised.
     """
@@ -39,15 +39,18 @@ class Refusal:
         ``"cancelled"``: it has waited until then.
     request_id : hashable
     tokens, max_tokens : int
-        Tokens of the prompt, and the limit, as asked.
+        Tokens of the prompt, and the limit, as asked; of growth the tokens that were to be added, and the limit.
     blocks_needed : int
-        Blocks up to the limit, or the least of them that would have been taken.
+        Blocks up to the limit, or the least of them that would have been taken, but for those that it shares with
+        sequences and pins that hold them anyway; of growth those that would have been added.
     blocks_free, blocks_unclaimed : int
         Blocks that were free, and blocks that could still be promised, when it was refused.
     blocks_missing : int
-        Blocks that would have had to come free; 0 where blocks are not what is missing.
+        Blocks that would have had to come free; of ``"never_fits"`` blocks beyond what there can be. 0 where blocks are
+        not what is missing.
     fitting_tokens : int
-        The largest `max_tokens` that would have been granted; 0 if the prompt alone did not fit.
+        The largest `max_tokens` that would have been granted; 0 if the prompt alone did not fit. Of growth the most
+        tokens that could have been added.
     tenant : hashable
     waited : float
         How long it has waited, in units of the queue's clock.
@@ -72,7 +75,7 @@ class Refusal:
         size = f"{self.tokens} tokens, {self.max_tokens} at most, need {self.blocks_needed} blocks"
         there = f"{self.blocks_free} free, {self.blocks_unclaimed} of them unclaimed"
         if self.reason == "never_fits":
-            return f"never_fits: {size}, more than there can be"
+            there = "no wait can help"
         return f"{self.reason}: {size}, {there}; at most {self.fitting_tokens} tokens would have fitted"
 
     def __enter__(self):
@@ -90,29 +93,59 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What there is for a newcomer, in blocks: free, not yet promised, kept for growth, and left to its tenant."""
+    """What there is for a newcomer, in blocks.
+
+    Parameters
+    ----------
+    block_size : int
+        In tokens.
+    arena : int
+        All blocks.
+    free, unclaimed : int
+        Not in use, and not yet promised.
+    shared : int
+        Of its prompt's: those that others hold as well, so that they cost nothing.
+    keep : int
+        Kept for growth.
+    tenant, most : int, optional
+        What its tenant may have beside what it has, and may ever have; None: no limit.
+    crowded : bool
+        Whether its tenant has as many sequences as it may.
+    """
 
     block_size: int
+    arena: int
     free: int
     unclaimed: int
+    shared: int = 0
     keep: int = 0
-    tenant: int | None = None  # None: no limit
+    tenant: int | None = None
+    most: int | None = None
+    crowded: bool = False
 
     def judge(self, request_id, tokens, limit, least=None, **details):
         """`Fits`, or the `Refusal` that says what is in the way; `least` is the lowest limit that would do."""
-        first = -(-tokens // self.block_size)
-        needed = -(-(limit if least is None else least) // self.block_size)
-        promised = self.unclaimed if self.tenant is None else min(self.unclaimed, self.tenant)
+        prompt = -(-tokens // self.block_size)
+        up_to = -(-(limit if least is None else least) // self.block_size)
+        first, needed = prompt - self.shared, up_to - self.shared
+        unclaimed = min(self.unclaimed, self.arena)
+        most = self.arena if self.most is None else min(self.most, self.arena)
+        never = max(up_to - most, prompt - (self.arena - self.keep))
         short = {
-            "tenant_limit": 0 if self.tenant is None else needed - max(self.tenant, 0),
+            "tenant_limit": 0 if self.tenant is None else up_to - self.tenant,
             "arena_full": first - self.free,
-            "promises": needed - self.unclaimed,
+            "promises": needed - unclaimed,
             "watermark": first - (self.free - self.keep),
         }
-        reason = next((name for name, missing in short.items() if missing > 0), None)
+        missing = max(never if never > 0 else max(short.values()), 0)
+        if never > 0:
+            reason = "never_fits"
+        elif self.crowded:
+            reason = "tenant_limit"
+        else:
+            reason = next((name for name, blocks in short.items() if blocks > 0), None)
         if reason is None:
-            return Fits(tokens, limit, needed, self.free, self.unclaimed)
-        roomy = first <= min(self.free - self.keep, promised)
+            return Fits(tokens, limit, needed, self.free, unclaimed)
         return Refusal(
             reason,
             request_id,
@@ -120,8 +153,17 @@ class Room:
             limit,
             needed,
             self.free,
-            self.unclaimed,
-            blocks_missing=max(short.values()),
-            fitting_tokens=min(limit, promised * self.block_size) if roomy else 0,
+            unclaimed,
+            blocks_missing=missing,
+            fitting_tokens=self.fitting(prompt, limit),
             **details,
         )
+
+    def fitting(self, prompt, limit):
+        """The largest limit, up to this one, that a prompt of so many blocks would be given."""
+        promised = min(self.unclaimed + self.shared, self.arena)
+        if self.tenant is not None:
+            promised = min(promised, self.tenant)
+        if self.crowded or prompt > promised or prompt - self.shared > self.free - self.keep:
+            return 0
+        return min(limit, promised * self.block_size)

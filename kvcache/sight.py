@@ -88,7 +88,7 @@ class Sight:
 
         High fragmentation in paged placement, promises above 90 %, arrays of the arena that MLX has copied, chunks that
         a store has given back altered, and a queue whose oldest waiter is older than its `warn_after`. Called by
-        whoever exports metrics or the status, never by the calls that serve.
+        whoever exports metrics or the status, and by a request that has waited for that long.
         """
         return self._health.look(self)
 

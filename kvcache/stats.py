@@ -56,7 +56,8 @@ class CacheStats(NamedTuple):
         Admissions and forks that did not fit: too few blocks were free, or the free ones were promised to others.
         Among the latter are new limits and cuts that were refused.
     refused_growth, refused_past_limit : int
-        Appends that found no block (with `overcommit` above 1 only), and appends beyond the sequence's limit.
+        Appends that found no block (with `overcommit` above 1 only), and appends beyond the sequence's limit. What an
+        `AllocationQueue` refuses for lack of room, of these and of the two above, is counted by the queue alone.
     queries, query_tokens, hit_tokens : int
         Admissions whose prompt was given as ids, the tokens of these prompts, and those of them that were there.
     misses_cold, misses_evicted, misses_salted, misses_partial, misses_disabled : int

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from kvcache.options import as_callable, as_count, as_number
+
 
 class Strategy:
     """One strategy, or several in order."""
@@ -40,10 +42,7 @@ class Reduce(Strategy):
     min_tokens: int
 
     def __post_init__(self):
-        if isinstance(self.min_tokens, bool) or not hasattr(self.min_tokens, "__index__"):
-            raise TypeError(f"min_tokens must be an int, not {type(self.min_tokens).__name__}")
-        if self.min_tokens < 1:
-            raise ValueError(f"min_tokens must be at least 1, not {self.min_tokens}")
+        as_count(self.min_tokens, "min_tokens", 1)
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,8 @@ class Wait(Strategy):
     timeout: float | None = None
 
     def __post_init__(self):
-        if self.timeout is not None and not self.timeout >= 0:
-            raise ValueError(f"timeout must be at least 0, not {self.timeout}")
+        if self.timeout is not None:
+            as_number(self.timeout, "timeout", 0)
 
 
 VICTIMS = ("lru", "priority")
@@ -69,8 +68,7 @@ class MakeRoom(Strategy):
             raise ValueError(
                 f"victim must be one of {', '.join(VICTIMS)}, or a callable, not {self.victim!r}"
             )
-        if self.notify is not None and not callable(self.notify):
-            raise TypeError(f"notify must be callable, not {type(self.notify).__name__}")
+        as_callable(self.notify, "notify")
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class TenantStats(NamedTuple):
     grown : int
         Appends that the strategy helped to their room.
     growth_refused : dict of str to int
-        Appends for which it could not, by reason.
+        Appends for which it could not, by reason. One past a limit that stood when it came is counted by the cache.
     evicted : int
         Sequences that were ended to make room.
     swapped, swaps_failed : int

@@ -8,8 +8,9 @@ from contextlib import suppress
 from dataclasses import replace
 from operator import index
 
+from kvcache._ids import Tokens
 from kvcache.errors import KVCacheError, SequenceExists, Suspended, UnknownSequence
-from kvcache.refusals import Fits, Refusal, Room
+from kvcache.refusals import Fits, Refusal
 from kvcache.strategies import Reduce
 from kvcache.waiting import NEVER, RETURNING
 
@@ -27,17 +28,18 @@ class Waiter:
         "deadline",  # when it is woken in any case, by the queue's clock; None: never
         "done",  # no longer waiting: `lease`, `error` or `reason` says why
         "error",
+        "fault",  # what its own thread or task came across
         "first",  # blocks needed at once
         "lease",  # what has been granted: a Lease, True for growth, a Transfer back
         "least",  # the lowest limit that would do, in tokens
         "limit",
         "line",
         "number",  # in order of arrival
-        "overtaken",  # grants to later ones while it was the first of its line
         "place",
         "priority",
         "reason",
         "request_id",
+        "shared",  # blocks of its prompt that others hold, so that it needs fewer
         "since",
         "sleeper",
         "tally",  # where its outcome is counted
@@ -51,8 +53,9 @@ class Waiter:
         self.request_id = request_id
         self.sleeper = sleeper
         self.tally = self.tenant = self.line = self.lease = self.error = self.reason = self.deadline = None
-        self.overtaken = self.priority = self.total = self.first = self.place = self.number = 0
-        self.tokens = self.limit = self.least = 0
+        self.fault = None
+        self.priority = self.total = self.first = self.place = self.number = 0
+        self.tokens = self.limit = self.least = self.shared = 0
         self.since = 0.0
         self.done = False
 
@@ -70,9 +73,17 @@ class Waiter:
         """What `room` would be without these sequences of its tenant."""
         return NEVER
 
-    def measure(self, desk):
-        """Blocks that have to be free for it now, those that would stay free included."""
-        return self.first
+    def look(self, desk):
+        """Counts anew what it needs; whether that is something else than before."""
+        return False
+
+    def kept_free(self, desk):
+        """Blocks that have to stay free beside it."""
+        return 0
+
+    def look_past(self, desk, records):
+        """The cache's room for it as if these sequences had ended, and their parts in that."""
+        return desk._cache._room_without(records)
 
     def look_again(self, desk):
         """Something has become of its id while it was in its line."""
@@ -116,16 +127,30 @@ class Newcomer(Waiter):
 
     @property
     def room(self):
-        return self.tenant.room
+        return self.tenant.room - self.shared
 
     def room_without(self, leases):
         account = self.tenant
         if account.sequences - len(leases) >= account.most_sequences:
             return -1
-        return account.most_blocks - account.blocks + sum([each._blocks for each in leases])
+        return account.most_blocks - account.blocks + sum([each._blocks for each in leases]) - self.shared
 
-    def measure(self, desk):
-        return self.first + desk._keep
+    def look(self, desk):
+        """What others hold of its prompt may have become more or less."""
+        if not desk._shares or type(self.prompt) is not Tokens:
+            return False
+        *_, shared = desk._cache._look_ahead(self.prompt, None, None, self.kept[0])
+        more = self.shared - shared
+        self.shared, self.first, self.total = shared, self.first + more, self.total + more
+        if more and self.line is not None:
+            self.line.update(self)
+        return more != 0
+
+    def kept_free(self, desk):
+        return desk._keep
+
+    def look_past(self, desk, records):
+        return desk._cache._room_without(records, self.prompt, self.kept[0])
 
     def come(self, desk, tenant, stages):
         """Takes its place, unless it can never be granted."""
@@ -141,6 +166,7 @@ class Newcomer(Waiter):
             self.tally.refused["never_fits"] += 1
             self.done, self.reason = True, "never_fits"
             return
+        self.look(desk)
         desk._ids[self.request_id] = self
         desk._waiters.add(self)
 
@@ -151,7 +177,7 @@ class Newcomer(Waiter):
     def be_content(self, least, block_size):
         """With this limit, if more cannot be promised."""
         self.least = least
-        self.total = -(-least // block_size)
+        self.total = -(-least // block_size) - self.shared
 
     def is_hopeless(self, desk, least):
         account = self.tenant
@@ -164,10 +190,16 @@ class Newcomer(Waiter):
     def attempt(self, desk):
         """Asks the cache. None: not now; False: a hold of another thread is in the way."""
         limit = min(self.limit, self.tenant.room * desk._size)
+        if limit < self.least:
+            return None
         granted = desk._cache._allocate_up_to(
             self.request_id, self.prompt, limit, None, self.least, desk._keep, *self.kept
         )
-        return desk._enter(granted, self.tenant, self.owner) if granted else granted
+        if granted:
+            return desk._enter(granted, self.tenant, self.owner)
+        if granted is None:
+            self.look(desk)
+        return granted
 
     def note_grant(self, desk, waited):
         desk._tallies.note_wait(waited)
@@ -180,15 +212,8 @@ class Newcomer(Waiter):
         desk._cache._end(lease.allocation)
 
     def refusal(self, desk, reason, waited):
-        return self.reply(desk._room_for(self.tenant), reason, waited)
-
-
-def count_of(tokens):
-    """How many tokens: a count, or ids."""
-    try:
-        return index(tokens)
-    except TypeError:
-        return len(tokens)
+        _, _, *room = desk._cache._look_ahead(self.prompt, None, None, self.kept[0])
+        return self.reply(desk._room_for(self.tenant, *room), reason, waited)
 
 
 class Grower(Waiter):
@@ -204,28 +229,33 @@ class Grower(Waiter):
         Of the sequence.
     """
 
-    __slots__ = ("more", "record")
+    __slots__ = ("more", "record", "there")
 
     def __init__(self, request_id, sleeper, cache, more, priority):
         super().__init__(request_id, sleeper)
-        self.more, self.tokens = more, count_of(more)
+        try:
+            self.more = self.tokens = index(more)
+        except TypeError:
+            self.more = Tokens(more)
+            self.tokens = len(self.more)
         self.record = cache._record_of(request_id)
         self.priority = priority
-        self.look(cache)
+        self.count(cache)
 
-    def look(self, cache):
+    def count(self, cache):
         """What it needs now: its sequence may have grown, been cut, or let go of by others, since it came."""
-        used, self.limit, self.first = cache._growth_of(self.record, min(self.tokens, NEVER))
+        used, self.limit, self.first, *self.there = cache._growth_of(self.record, min(self.tokens, NEVER))
         self.least = used + self.tokens
 
     @property
     def is_past_limit(self):
         return self.least > self.limit
 
-    def measure(self, desk):
+    def look(self, desk):
+        before = self.first
         with suppress(KVCacheError):  # freed since, or suspended: its attempt will tell
-            self.look(desk._cache)
-        return self.first
+            self.count(desk._cache)
+        return self.first != before
 
     def come(self, desk, tenant, stages):
         lease = desk._live.get(self.request_id)
@@ -233,11 +263,11 @@ class Grower(Waiter):
         desk._waiters.lead(self)
 
     def attempt(self, desk):
-        granted = desk._cache._append_now(self.request_id, self.more)
+        granted = desk._cache._append_now(self.request_id, self.more, self.record)
         if granted is None:
             return False
         if not granted:
-            self.look(desk._cache)
+            self.look(desk)
             if self.is_past_limit:  # which has been lowered, or used up by others
                 desk._finish(self, reason="never_fits")
         return granted or None
@@ -249,16 +279,18 @@ class Grower(Waiter):
         return tally.growth_refused
 
     def undo(self, desk, lease):
-        cache = desk._cache
-        with suppress(KVCacheError):  # freed since
-            cache.truncate(self.request_id, max(cache.used_tokens(self.request_id) - self.tokens, 0))
+        with suppress(KVCacheError):
+            desk._cache._take_back(self.record, self.tokens)
 
     def refusal(self, desk, reason, waited):
-        free, unclaimed = desk._cache._room()
-        numbers = (self.first, free, unclaimed, max(self.first - free, 0), 0)
-        return Refusal(
-            reason or "arena_full", self.request_id, self.tokens, self.limit, *numbers, waited=waited
-        )
+        self.look(desk)
+        most, free, unclaimed = self.there
+        unclaimed = min(unclaimed, desk._cache.spec.num_blocks)
+        missing = 0 if self.is_past_limit else max(self.first - free, 0)
+        numbers = (self.first, free, unclaimed, missing, min(most, self.tokens))
+        reason = reason or ("arena_full" if missing else "promises")
+        tenant = None if self.tenant is None else self.tenant.name
+        return Refusal(reason, self.request_id, self.tokens, self.limit, *numbers, tenant, waited)
 
 
 class Returner(Waiter):
@@ -319,4 +351,4 @@ class Returner(Waiter):
         return tally.resume_refused
 
     def refusal(self, desk, reason, waited):
-        return self.reply(Room(desk._size, *desk._cache._room()), reason, waited)
+        return self.reply(desk._room_for(None, *desk._cache._room()), reason, waited)

@@ -11,7 +11,8 @@ from kvcache.admission import TenantLimit, Wait
 
 SIZE, BLOCKS, KEEP = 4, 16, 2
 PATIENCE, MOST_OVERTAKEN = 10.0, 4
-LIMITED = {"t": TenantLimit(tokens=24, sequences=3)}
+TENANTS = "stuvwxyz"
+LIMITED = {"t": TenantLimit(tokens=24, sequences=3), "s": TenantLimit(tokens=40, sequences=1)}
 
 
 def blocks_of(tokens):
@@ -129,8 +130,8 @@ class QueueAgainstTwin(RuleBasedStateMachine):
     @rule(
         prompt=st.integers(1, 30),
         more=st.integers(0, 30),
-        tenant=st.sampled_from(["t", "u", "v"]),
-        priority=st.sampled_from([0, 0, 0, 1]),
+        tenant=st.sampled_from(TENANTS),
+        priority=st.sampled_from([0, 0, 0, 1, 2]),
         timeout=st.sampled_from([5.0, 20.0, 1000.0]),
     )
     def ask(self, prompt, more, tenant, priority, timeout):
@@ -192,6 +193,7 @@ class QueueAgainstTwin(RuleBasedStateMachine):
         assert sorted(each.request_id for each in here.queue._waiters) == sorted(e.name for e in twin.waiting)
         assert len(here.queue) == len(twin.waiting)
         assert set(here.cache) == set(twin.live)
+        here.queue._waiters.check()
         here.cache.check()
 
     def teardown(self):

@@ -147,8 +147,11 @@ def test_explain_answers_never_fits_instead_of_raising(make_cache):
 def test_explain_of_the_queue_knows_watermark_and_tenant(crowd):
     here = crowd(keep_free=16, tenants={"t": TenantLimit(tokens=8)})
     assert here.queue.explain(48)
-    assert here.queue.explain(52).reason == "watermark"
-    assert here.queue.explain(12, tenant="t").reason == "tenant_limit"
+    assert here.queue.explain(52).reason == "never_fits"
+    assert here.queue.explain(12, tenant="t").reason == "never_fits"
+    here.ask("a", 8, tenant="t")
+    assert here.queue.explain(44).reason == "watermark"
+    assert here.queue.explain(8, tenant="t").reason == "tenant_limit"
 
 
 # ---- reduce
@@ -481,6 +484,21 @@ def test_waiting_inside_a_hold_of_ones_own_raises(make_cache):
     with cache.hold(), pytest.raises(CacheHeld):
         queue.allocate("b", 8)
     assert len(queue) == 0
+
+
+def test_who_has_grown_in_a_batch_is_evicted_after_those_that_have_not(make_cache):
+    cache = make_cache()
+    queue = AllocationQueue(cache, Evict())
+    for name in "abc":
+        queue.allocate(name, 8, max_tokens=20)
+    batch = cache.batch(["a", "b"])
+    batch.append()
+    assert queue.allocate("d", 8, max_tokens=20)
+    assert list(cache) == ["a", "b", "d"]
+    batch.append(counts=[0, 1])
+    assert queue.allocate("e", 8, max_tokens=20)
+    assert list(cache) == ["b", "d", "e"]
+    cache.check()
 
 
 def test_nobody_is_evicted_inside_a_hold_of_ones_own(make_cache):

@@ -288,7 +288,7 @@ def test_what_was_evicted_under_a_hold_of_another_thread_is_there_when_it_ends(m
     def hold():
         with cache.hold():
             held.set()
-            while not len(queue) or queue._blocked is None:
+            while not len(queue) or not queue._blocked:
                 time.sleep(0.001)
 
     def ask():

@@ -241,7 +241,7 @@ def test_what_would_come_free_is_what_comes_free(data):
             cache.pin(data.draw(st.sampled_from(live)))
     victims = [name for name in cache if data.draw(st.booleans())]
     before = cache.stats()
-    free, unclaimed, blocks, claims = cache._room_without([cache._record_of(name) for name in victims])
+    free, unclaimed, _, blocks, claims = cache._room_without([cache._record_of(name) for name in victims])
     assert cache.stats() == before
     cache.check()
     for name in victims:
@@ -252,4 +252,50 @@ def test_what_would_come_free_is_what_comes_free(data):
         if cache._room()[1] > there[1]:
             assert blocks[victims.index(name)] + claims[victims.index(name)] > 0
     assert cache._room() == (free, unclaimed)
+    cache.check()
+
+
+@given(data=st.data())
+def test_nobody_is_ended_for_a_request_that_is_refused(data):
+    placement = data.draw(st.sampled_from(["contiguous", "paged"]))
+    overcommit = data.draw(st.sampled_from([1.0, 2.0]))
+    cache = KVCache(1, 1, 4, SIZE * 12, SIZE, backend="none", placement=placement, overcommit=overcommit)
+    gone = []
+    evict = Evict(data.draw(st.sampled_from(["lru", "priority"])), notify=gone.append)
+    limit = TenantLimit(
+        tokens=data.draw(st.sampled_from([None, 16, 24])), sequences=data.draw(st.sampled_from([None, 2]))
+    )
+    queue = AllocationQueue(cache, keep_free=data.draw(st.sampled_from([0, 4, 8])), tenants={"t": limit})
+
+    def prompt():
+        family, length = data.draw(st.integers(0, 1)), data.draw(st.integers(1, 20))
+        return [family * 100 + at for at in range(length)] if data.draw(st.booleans()) else length
+
+    def ask(name, **options):
+        wanted, more = prompt(), data.draw(st.integers(0, 8))
+        tenant, priority = data.draw(st.sampled_from([None, "t"])), data.draw(st.integers(0, 1))
+        return queue.allocate(name, wanted, max_new_tokens=more, tenant=tenant, priority=priority, **options)
+
+    for number in range(data.draw(st.integers(2, 10))):
+        live = list(cache)
+        step = data.draw(st.sampled_from(["ask", "ask", "ask", "outsider", "fork", "pin", "cut"]))
+        if step == "ask" or not live:
+            if ask(number):
+                cache.commit(number)
+        elif step == "outsider":
+            cache.allocate_for(number, prompt())
+        elif step == "fork":
+            cache.fork(data.draw(st.sampled_from(live)), number)
+        elif step == "pin":
+            cache.pin(data.draw(st.sampled_from(live)))
+        else:
+            name = data.draw(st.sampled_from(live))
+            cache.truncate(name, data.draw(st.integers(0, cache.used_tokens(name))))
+    grower = data.draw(st.sampled_from([None, *cache]))
+    if grower is None:
+        answer = ask("new", strategy=evict)
+    else:
+        answer = queue.append(grower, data.draw(st.integers(1, 12)), strategy=evict)
+    if not answer:
+        assert gone == []
     cache.check()

@@ -157,6 +157,17 @@ def test_a_queue_whose_oldest_waiter_is_older_than_its_limit_is_a_warning(make_c
     clients.close()
 
 
+def test_one_that_has_waited_too_long_has_it_logged_where_nobody_looks(make_cache, told):
+    cache = make_cache(1, 1, 4, 64, 4, overcommit=2.0)
+    queue = AllocationQueue(cache, Wait(0.05), name="chat", warn_after=0.01)
+    queue.allocate("a", 64)
+    assert queue.allocate("b", 8).reason == "timeout"
+    ((level, message),) = told()
+    assert level == "WARNING" and "'chat'" in message and "oldest of 1" in message
+    assert queue.allocate("c", 8).reason == "timeout"
+    assert len(told()) == 1  # once a minute
+
+
 def test_a_queue_that_never_warns_and_one_that_has_nobody_are_not_spoken_of(make_cache):
     cache = make_cache(1, 1, 4, 64, 4, overcommit=2.0)
     clients = Crowd(cache, Wait(), warn_after=None)

@@ -292,3 +292,80 @@ def test_looking_does_not_wait_for_the_queue(make_cache):
         thread.join(10)
     assert seen and seen[0][0].tenants[""].granted == 1
     cache.free_for("a")
+
+
+# ---- counted once, and by whom
+
+
+def refusals(cache):
+    stats = cache.stats()
+    return (
+        stats.refused_arena_full,
+        stats.refused_promises,
+        stats.refused_growth,
+        stats.refused_past_limit,
+    )
+
+
+@pytest.mark.parametrize("overcommit", [1.0, 2.0])
+def test_what_the_queue_refuses_is_counted_by_the_queue_alone(make_cache, overcommit):
+    cache = make_cache(1, 1, 4, 32, 4, backend="none", overcommit=overcommit)
+    queue = AllocationQueue(cache, Reject())
+    queue.allocate("a", 28, max_tokens=32)
+    for _ in range(3):
+        assert queue.allocate("b", 8).reason == "arena_full"
+    cache.truncate("a", 4)
+    if overcommit > 1:
+        cache.allocate_for("d", 4, max_tokens=32)
+    assert queue.allocate("c", 4, max_tokens=32).reason == "promises"
+    told = queue.stats().tenants[""].refused
+    assert (told["arena_full"], told["promises"], sum(told.values())) == (3, 1, 4)
+    assert refusals(cache) == (0, 0, 0, 0)
+    assert cache.allocate_for("c", 4, max_tokens=32) is None
+    assert refusals(cache) == (0, 1, 0, 0)
+
+
+def test_whoever_waits_is_counted_once_however_often_it_is_looked_at(crowd):
+    clients = crowd(Wait(5), overcommit=2.0)
+    clients.ask("a", 4, max_tokens=64), clients.ask("b", 56, max_tokens=56)
+    assert clients.grow("a", 16) is None
+    assert clients.ask("c", 16) is None
+    for _ in range(20):
+        clients.cache.allocate_for("x", 4), clients.cache.free_for("x")
+    assert refusals(clients.cache) == (0, 0, 0, 0)
+    clients.pass_time(5)
+    told = clients.queue.stats().tenants[""]
+    assert (told.growth_refused["timeout"], sum(told.growth_refused.values())) == (1, 1)
+    assert (told.refused["timeout"], sum(told.refused.values())) == (1, 1)
+    assert refusals(clients.cache) == (0, 0, 0, 0)
+
+
+def test_growth_past_its_limit_is_counted_by_the_cache(crowd):
+    clients = crowd(Wait(5), overcommit=2.0)
+    clients.ask("a", 4, max_tokens=8), clients.ask("b", 56)
+    assert clients.grow("a", 5).reason == clients.queue.append("a", 5).reason == "never_fits"
+    assert refusals(clients.cache) == (0, 0, 0, 2)
+    assert sum(clients.queue.stats().tenants[""].growth_refused.values()) == 0
+
+
+def test_growth_whose_limit_is_lowered_while_it_waits_is_counted_by_the_queue(crowd):
+    clients = crowd(Wait(5), overcommit=2.0)
+    clients.ask("a", 4, max_tokens=16), clients.ask("b", 60)
+    assert clients.grow("a", 8) is None
+    clients.cache.set_limit("a", 8)
+    assert clients.answer(("grow", "a")).reason == "never_fits"
+    assert clients.queue.stats().tenants[""].growth_refused["never_fits"] == 1
+    assert refusals(clients.cache) == (0, 0, 0, 0)
+
+
+def test_a_return_that_is_refused_is_counted_by_the_queue(make_cache):
+    cache = make_cache(1, 1, 4, 32, 4)
+    queue = AllocationQueue(cache, Reject())
+    queue.allocate("a", 16)
+    assert cache.suspend("a").wait(30)
+    cache.allocate_for("b", 32)
+    assert not queue.resume("a")
+    assert queue.stats().tenants[""].resume_refused["arena_full"] == 1
+    assert refusals(cache) == (0, 0, 0, 0)
+    assert cache.resume("a") is None
+    assert refusals(cache) == (1, 0, 0, 0)
