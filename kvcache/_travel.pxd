@@ -24,6 +24,7 @@ cdef class Journey:
 
 cdef class TravelCore(CacheCore):
     cdef Journey journey_of(self, object request_id)
+    cdef Journey departed(self, object request_id)
     cdef object entries_of(self, object request_ids)
     cdef bint is_away(self, Journey journey) except -1
     cdef int forget(self, Journey journey) except -1

@@ -59,29 +59,60 @@ cdef class TravelCore(CacheCore):
         cdef Journey journey = None if self.away is None else <Journey>find_in(self.away, request_id)
         return journey if journey is not None and self.knows(journey.record) else None
 
+    cdef Journey departed(self, object request_id):
+        """The same, and None for one that is just about to leave."""
+        cdef Journey journey = self.journey_of(request_id)
+        return None if journey is None or journey.limit < 0 else journey
+
     def used_tokens(self, request_id):
         """Tokens of the sequence."""
-        cdef Journey journey = self.journey_of(request_id)
-        return CacheCore.used_tokens(self, request_id) if journey is None else journey.tokens
+        cdef Journey journey = self.departed(request_id)
+        if journey is not None:
+            return journey.tokens
+        try:
+            return CacheCore.used_tokens(self, request_id)
+        except Suspended:  # it has left since
+            return self.used_tokens(request_id)
 
     def limit(self, request_id):
         """Tokens that the sequence may have in total."""
-        cdef Journey journey = self.journey_of(request_id)
-        return CacheCore.limit(self, request_id) if journey is None else journey.limit
+        cdef Journey journey = self.departed(request_id)
+        if journey is not None:
+            return journey.limit
+        try:
+            return CacheCore.limit(self, request_id)
+        except Suspended:  # it has left since
+            return self.limit(request_id)
 
     def capacity(self, request_id):
         """Tokens that the blocks held now have room for; 0 for a suspended sequence."""
-        return CacheCore.capacity(self, request_id) if self.journey_of(request_id) is None else 0
+        cdef Journey journey = self.departed(request_id)
+        if journey is not None:
+            return 0
+        try:
+            return CacheCore.capacity(self, request_id)
+        except Suspended:  # it has left since
+            return self.capacity(request_id)
 
     def is_contiguous(self, request_id):
         """Whether the sequence's blocks are one run, so that its views copy nothing. An empty sequence is."""
-        return CacheCore.is_contiguous(self, request_id) if self.journey_of(request_id) is None else True
+        cdef Journey journey = self.departed(request_id)
+        if journey is not None:
+            return True
+        try:
+            return CacheCore.is_contiguous(self, request_id)
+        except Suspended:  # it has left since
+            return self.is_contiguous(request_id)
 
     def block_table(self, request_id):
         """Block ids in token order, a new int32 array; none for a suspended sequence."""
-        if self.journey_of(request_id) is None:
+        cdef Journey journey = self.departed(request_id)
+        if journey is not None:
+            return np.empty(0, np.int32)
+        try:
             return CacheCore.block_table(self, request_id)
-        return np.empty(0, np.int32)
+        except Suspended:  # it has left since
+            return self.block_table(request_id)
 
     def is_suspended(self, request_id):
         """Whether the sequence's K/V are elsewhere, or on their way out or back.
@@ -136,7 +167,7 @@ cdef class TravelCore(CacheCore):
         if granted is not None and granted is not record:
             raise UnknownSequence(request_id=request_id)
         journey.transfer = transfer
-        journey.record, journey.moving = record, True
+        journey.record, journey.moving, journey.limit = record, True, -1
         with cython.critical_section(self):
             if self.away is None:
                 self.away = {}

@@ -245,8 +245,7 @@ class AllocationQueue(Courses):
     def resume(self, request_id, *, recompute=False, strategy=None):
         """Brings a suspended sequence back, when there is room for it by the strategy, and waits until it is here.
 
-        It goes before all newcomers; those who return do so in the order in which they asked, beside each other where
-        they fit.
+        Those who return have a priority above all newcomers', and pass each other where they fit.
 
         Parameters
         ----------

@@ -316,7 +316,7 @@ class Returner(Waiter):
             raise Suspended(request_id=self.request_id)
         self.tokens, self.limit = cache.used_tokens(self.request_id), cache.limit(self.request_id)
         self.least = max(self.limit, 1)
-        self.first = -(-max(self.tokens, 1) // size)
+        self.first = -(-max(self.tokens, 1) // size) - desk._keep  # the watermark is not kept from it
         lease = desk._live.get(self.request_id)
         self.priority = 0 if lease is None else lease.priority
         self.tenant = desk._account(None) if lease is None else lease._holder
@@ -324,6 +324,9 @@ class Returner(Waiter):
         desk._ids[self.request_id] = self
         desk._waiters.add(self)
         self.look_again(desk)
+
+    def kept_free(self, desk):
+        return desk._keep  # which `first` is less
 
     def look_again(self, desk):
         cache = desk._cache

@@ -1,5 +1,7 @@
 """The queue against a slow, obvious twin: a list that is scanned, with the rules as the manual tells them."""
 
+import math
+import time
 from dataclasses import dataclass, field
 
 from crowd import Crowd
@@ -12,6 +14,7 @@ from kvcache.admission import TenantLimit, Wait
 SIZE, BLOCKS, KEEP = 4, 16, 2
 PATIENCE, MOST_OVERTAKEN = 10.0, 4
 TENANTS = "stuvwxyz"
+SOON = 30.0
 LIMITED = {"t": TenantLimit(tokens=24, sequences=3), "s": TenantLimit(tokens=40, sequences=1)}
 
 
@@ -29,6 +32,11 @@ class Waiting:
     since: float
     deadline: float
     overtaken: int = 0
+    returns: bool = False
+
+    @property
+    def level(self):
+        return math.inf if self.returns else self.priority
 
     @property
     def total(self):
@@ -45,47 +53,55 @@ class Twin:
 
     waiting: list = field(default_factory=list)  # in order of arrival
     live: dict = field(default_factory=dict)  # name -> (prompt blocks, limit blocks, tenant or None)
+    away: dict = field(default_factory=dict)  # the same of those that are suspended
     granted: list = field(default_factory=list)
     refused: list = field(default_factory=list)
 
-    def room_of(self, tenant):
-        mine = [limit for _, limit, whose in self.live.values() if whose == tenant]
-        if tenant not in LIMITED:
+    def limits_of(self, tenant):
+        return [limit for _, limit, whose in [*self.live.values(), *self.away.values()] if whose == tenant]
+
+    def room_for(self, each):
+        mine = self.limits_of(each.tenant)
+        if each.returns or each.tenant not in LIMITED:
             return BLOCKS
-        return LIMITED[tenant].tokens // SIZE - sum(mine) if len(mine) < LIMITED[tenant].sequences else -1
+        limit = LIMITED[each.tenant]
+        return limit.tokens // SIZE - sum(mine) if len(mine) < limit.sequences else -1
 
     def held_by(self, tenant):
-        return sum(limit for _, limit, whose in self.live.values() if whose == tenant)
+        return sum(self.limits_of(tenant))
 
     def heads(self):
         first = {}
         for each in self.waiting:
-            first.setdefault((each.priority, each.tenant), each)
+            first.setdefault((each.level, each.tenant), each)
         return list(first.values())
 
-    def choose(self, now):
-        free = BLOCKS - KEEP - sum(prompt for prompt, _, _ in self.live.values())
+    def fits(self, each):
+        free = BLOCKS - sum(prompt for prompt, _, _ in self.live.values()) - (0 if each.returns else KEEP)
         unclaimed = BLOCKS - sum(limit for _, limit, _ in self.live.values())
+        return each.first <= free and each.total <= unclaimed
+
+    def choose(self, now):
         heads, closed = self.heads(), set()
         for each in self.waiting:
             old = each.overtaken >= MOST_OVERTAKEN or now - each.since >= PATIENCE
             if each not in heads or not old or each.tenant in closed:
                 continue
-            if each.total > self.room_of(each.tenant):
+            if each.total > self.room_for(each):
                 closed.add(each.tenant)
             else:
-                return each if each.total <= unclaimed and each.first <= free else None
-        place = {(each.priority, each.tenant): index for index, each in enumerate(self.waiting[::-1])}
+                return each if self.fits(each) else None
+        place = {(each.level, each.tenant): index for index, each in enumerate(self.waiting[::-1])}
         fitting = [
             each
             for each in self.waiting
-            if each.tenant not in closed
-            and each.first <= free
-            and each.total <= min(unclaimed, self.room_of(each.tenant))
+            if (each.returns or each.tenant not in closed)
+            and self.fits(each)
+            and each.total <= self.room_for(each)
         ]
         return min(
             fitting,
-            key=lambda each: (-each.priority, self.held_by(each.tenant), -place[each.priority, each.tenant]),
+            key=lambda each: (-each.level, self.held_by(each.tenant), -place[each.level, each.tenant]),
             default=None,
         )
 
@@ -94,7 +110,10 @@ class Twin:
             index = self.waiting.index(chosen)
             del self.waiting[index]
             self.live[chosen.name] = chosen.first, chosen.total, chosen.tenant
-            self.granted.append(chosen.name)
+            if chosen.returns:
+                del self.away[chosen.name]
+            else:
+                self.granted.append(chosen.name)
             earlier = self.waiting[:index]
             for each in self.heads():
                 each.overtaken += each in earlier
@@ -103,7 +122,7 @@ class Twin:
         """One after the other: what was kept for the first may be what the second gets."""
         for each in [each for each in self.waiting if each.deadline <= now]:
             if each in self.waiting:
-                self.refused.append(each.name)
+                self.refused.append(("back", each.name) if each.returns else each.name)
                 self.waiting.remove(each)
                 self.grant(now)
 
@@ -111,7 +130,7 @@ class Twin:
 class QueueAgainstTwin(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
-        cache = KVCache(1, 1, 4, SIZE * BLOCKS, SIZE, backend="none")
+        cache = KVCache(1, 1, 4, SIZE * BLOCKS, SIZE)
         self.here = Crowd(
             cache,
             Wait(),
@@ -147,13 +166,41 @@ class QueueAgainstTwin(RuleBasedStateMachine):
         self.twin.waiting.append(each)
         self.twin.grant(self.now)
 
-    @precondition(lambda self: self.twin.live)
+    @property
+    def returning(self):
+        return {each.name for each in self.twin.waiting if each.returns}
+
+    @precondition(lambda self: self.twin.live.keys() | self.twin.away.keys() - self.returning)
     @rule(data=st.data())
     def free(self, data):
-        name = data.draw(st.sampled_from(sorted(self.twin.live)))
-        del self.twin.live[name]
-        self.twin.grant(self.now)
+        twin = self.twin
+        name = data.draw(st.sampled_from(sorted(twin.live.keys() | twin.away.keys() - self.returning)))
+        (twin.live if name in twin.live else twin.away).pop(name)
+        twin.grant(self.now)
         self.here.free(name)
+
+    @precondition(lambda self: any(tenant for _, _, tenant in self.twin.live.values()))
+    @rule(data=st.data())
+    def suspend(self, data):
+        live = self.twin.live
+        name = data.draw(st.sampled_from([name for name, (_, _, tenant) in live.items() if tenant]))
+        self.twin.away[name] = live.pop(name)
+        self.twin.grant(self.now)
+        assert self.here.cache.suspend(name).wait(SOON)
+        self.here.settle()
+
+    @precondition(lambda self: self.twin.away.keys() - self.returning)
+    @rule(data=st.data(), timeout=st.sampled_from([5.0, 20.0, 1000.0]))
+    def resume(self, data, timeout):
+        twin = self.twin
+        name = data.draw(st.sampled_from(sorted(twin.away.keys() - self.returning)))
+        first, total, tenant = twin.away[name]
+        twin.refused = [each for each in twin.refused if each != ("back", name)]  # that was the last time
+        self.here.told.pop(("back", name), None)
+        self.here.start(("back", name), self.here.queue.resume_async(name, strategy=Wait(timeout)))
+        sizes = first * SIZE, total * SIZE, tenant
+        twin.waiting.append(Waiting(name, *sizes, 0, self.now, self.now + timeout, returns=True))
+        twin.grant(self.now)
 
     @precondition(lambda self: self.twin.live)
     @rule(data=st.data())
@@ -171,7 +218,7 @@ class QueueAgainstTwin(RuleBasedStateMachine):
         each = data.draw(st.sampled_from(self.twin.waiting))
         self.twin.waiting.remove(each)
         self.twin.grant(self.now)
-        self.here.cancel(each.name)
+        self.here.cancel(("back", each.name) if each.returns else each.name)
 
     @rule(prompt=st.integers(1, 20))
     def go_past_the_queue(self, prompt):
@@ -185,14 +232,23 @@ class QueueAgainstTwin(RuleBasedStateMachine):
         self.twin.grant(self.now)
         self.twin.expire(self.now)
 
+    def wait_for_transfers(self):
+        cache, end = self.here.cache, time.monotonic() + SOON
+        while any(cache._is_moving(name) for name in cache) and time.monotonic() < end:
+            time.sleep(0.0001)
+        self.here.settle()
+
     @invariant()
     def agrees(self):
         here, twin = self.here, self.twin
-        assert here.granted() == twin.granted
-        assert sorted(name for name, answer in here.told.items() if not answer) == sorted(twin.refused)
+        self.wait_for_transfers()
+        assert [name for name in here.granted() if type(name) is int] == twin.granted
+        refused = [name for name, answer in here.told.items() if not answer]
+        assert sorted(refused, key=repr) == sorted(twin.refused, key=repr)
+        assert {name for name in here.cache if here.cache.is_suspended(name)} == set(twin.away)
         assert sorted(each.request_id for each in here.queue._waiters) == sorted(e.name for e in twin.waiting)
         assert len(here.queue) == len(twin.waiting)
-        assert set(here.cache) == set(twin.live)
+        assert set(here.cache) == twin.live.keys() | twin.away.keys()
         here.queue._waiters.check()
         here.cache.check()
 

@@ -434,6 +434,23 @@ def test_reduce_has_nothing_to_say_to_one_that_returns(cache):
     assert queue.resume("a").reason == "arena_full"
 
 
+def test_the_watermark_is_not_kept_from_one_that_returns(cache):
+    queue = AllocationQueue(cache, Reject(), keep_free=24)
+    queue.allocate("a", 32)
+    assert cache.suspend("a").wait(SOON)
+    cache.allocate_for("b", 32)
+    assert queue.allocate("c", 16).reason == "watermark"
+    assert queue.resume("a").ok
+    assert cache.suspend("a").wait(SOON)
+    cache.allocate_for("d", 4)
+    refused = queue.resume("a", strategy=Swap())  # nobody else of the queue's is there
+    assert (refused.reason, refused.blocks_needed, refused.blocks_free) == ("arena_full", 8, 7)
+    queue.allocate("e", 4)
+    assert cache.free_for("d")
+    assert queue.resume("a", strategy=Swap()).ok
+    assert cache.is_suspended("e")
+
+
 def test_one_that_returns_waits_for_its_way_out_to_end(cache):
     store = Faulty()
     queue = AllocationQueue(cache)

@@ -718,6 +718,31 @@ def test_a_check_is_not_misled_by_who_comes_back_or_ends_meanwhile(cache, end):
     assert name.happens is None and cache.stats().suspended_sequences == 0
 
 
+def test_who_looks_sees_the_same_of_a_sequence_that_comes_and_goes(cache):
+    cache.allocate_for("a", 9, max_tokens=20)
+    errors, ended = [], threading.Event()
+
+    def look():
+        try:
+            while not ended.is_set():
+                assert (cache.used_tokens("a"), cache.limit("a")) == (9, 20)
+                assert cache.capacity("a") in (0, 12) and len(cache.block_table("a")) in (0, 3)
+                assert cache.is_contiguous("a") in (True, False)
+        except BaseException as error:  # noqa: BLE001 (told to the thread that waits)
+            errors.append(error)
+
+    threads = [threading.Thread(target=look) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(100):
+        suspended(cache, "a")
+        resumed(cache, "a")
+    ended.set()
+    for thread in threads:
+        thread.join(SOON)
+    assert errors == []
+
+
 def test_threads_that_suspend_the_first_sequences_of_a_cache_at_once_get_them_back():
     for _ in range(20):
         with KVCache(LAYERS, HEADS, WIDTH, 64, BLOCK, staging_bytes=1 << 20) as cache:
