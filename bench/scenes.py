@@ -14,11 +14,10 @@ BLOCK = 16
 PROMPT = (64, 2048)  # tokens
 
 
-def books(num_blocks, placement, overcommit=math.inf):
+def books(num_blocks, placement, overcommit=math.inf, **options):
     """A cache without storage: what is measured is the bookkeeping alone."""
-    return KVCache(
-        1, 1, 1, num_blocks * BLOCK, BLOCK, backend="none", placement=placement, overcommit=overcommit
-    )
+    options |= {"backend": "none", "placement": placement, "overcommit": overcommit}
+    return KVCache(1, 1, 1, num_blocks * BLOCK, BLOCK, **options)
 
 
 def blocks_of(tokens):

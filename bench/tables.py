@@ -61,8 +61,8 @@ PEERS = {
     ),
     "make a manager of 1 M blocks": (
         (
-            "test_construction.py::test_construction[contiguous]",
-            "test_construction.py::test_construction[paged]",
+            "test_construction.py::test_construction[contiguous-with_prefixes]",
+            "test_construction.py::test_construction[paged-with_prefixes]",
         ),
         ("38,700, mini-sglang: a free list", "35,500,000", "41,900,000", "48,400,000"),
     ),
