@@ -28,6 +28,7 @@ cdef class TravelCore(CacheCore):
     cdef object entries_of(self, object request_ids)
     cdef bint is_away(self, Journey journey) except -1
     cdef int forget(self, Journey journey) except -1
+    cdef int give_up(self, Journey journey, double when) except -1
     cdef int detach(self, Journey journey) except -1
     cdef void attach(self, Journey journey) noexcept nogil
     cdef int note_state(self, Journey journey) except -1

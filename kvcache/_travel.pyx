@@ -17,7 +17,7 @@ from kvcache._calls cimport counted, wait_for_holds
 from kvcache._copy cimport Copier
 from kvcache._door cimport Allocation, find_in
 from kvcache._index cimport entry_at, entry_t, match_ids
-from kvcache._lock cimport kv_lock, kv_lock_runs_python
+from kvcache._lock cimport kv_lock, kv_lock_is_mine, kv_lock_runs_python
 from kvcache._moves cimport span_t
 from kvcache._pack cimport copier_pack, copier_unpack, payload_bytes
 from kvcache._pool cimport (
@@ -185,6 +185,11 @@ cdef class TravelCore(CacheCore):
                 pool_unlock(&self.pool)
             self.forget(journey)
             raise
+        if not self.knows(record):  # freed in between, by who has found neither the old handle nor the new one
+            self.give_up(journey, self.calm_clock())
+            if self.watchers is not None:
+                self.tell(request_id)
+            raise UnknownSequence(request_id=request_id)
         return journey
 
     cdef int detach(self, Journey journey) except -1:
@@ -274,16 +279,29 @@ cdef class TravelCore(CacheCore):
     cdef int left(self, Allocation record, double when) except -1:
         """Freed while it was away: what it has is given back now, and what is kept of it elsewhere by its carrier."""
         cdef Journey journey = <Journey>find_in(self.away, record.request_id)
-        cdef handle_t handle
         if journey is None or journey.record is not record:
             return 0
-        handle = journey.handle
-        if handle:
-            self.free_handle(handle, when)
-        self.forget(journey)
-        journey.handle = 0
+        self.give_up(journey, when)
         if not journey.moving:
             self._abandoned(journey)
+        return 0
+
+    cdef int give_up(self, Journey journey, double when) except -1:
+        """Gives back the blocks that it has, and forgets it. Where that raises, nothing has been done."""
+        cdef handle_t handle
+        cdef bint mine = kv_lock_is_mine(&self.pool.lock)  # a finalizer's, in the middle of a move
+        if not mine:
+            self.lock_pool()
+        handle, journey.handle = journey.handle, 0
+        if not mine:
+            pool_unlock(&self.pool)
+        if handle:
+            try:
+                self.free_handle(handle, when)
+            except BaseException:
+                journey.handle = handle
+                raise
+        self.forget(journey)
         return 0
 
     def _abandoned(self, journey):

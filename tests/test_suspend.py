@@ -1,6 +1,9 @@
 """Suspend and resume: K/V come back byte for byte, into any place; what fails leaves its owner knowing what it has."""
 
+import contextlib
 import gc
+import itertools
+import os
 import threading
 import time
 import weakref
@@ -17,6 +20,7 @@ from kvcache.store_memory import MemoryStore
 from kvcache.suspension import slot_bytes_of
 
 SOON = 30.0
+SECONDS = float(os.environ.get("KVCACHE_TEST_SECONDS", "10")) / 20
 LAYERS, HEADS, WIDTH, BLOCK = 2, 2, 64, 4
 
 
@@ -794,3 +798,31 @@ def test_an_arena_that_cannot_be_read_leaves_the_sequence_and_staging_as_they_we
 
 def test_suspended_is_an_error_of_the_package():
     assert issubclass(Suspended, KVCacheError)
+
+
+def test_whatever_is_freed_while_it_sets_out_gives_all_back(cache):
+    """Two threads suspend what a third one frees: without a GIL they meet at every point."""
+    stop, current = time.monotonic() + SECONDS, [None]
+
+    def own():
+        for name in itertools.count():
+            if time.monotonic() > stop:
+                return
+            if cache.allocate_for(name, 2 * BLOCK):
+                current[0] = name
+                assert cache.free_for(name)
+
+    def suspend():
+        while time.monotonic() < stop:
+            with contextlib.suppress(UnknownSequence, Suspended):
+                cache.suspend(current[0])
+
+    threads = [threading.Thread(target=work) for work in (own, suspend, suspend)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SOON)
+    deadline = time.monotonic() + SOON
+    while cache.stats().used_blocks and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert (cache.stats().num_sequences, cache.stats().used_blocks, len(cache)) == (0, 0, 0)
