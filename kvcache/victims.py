@@ -29,7 +29,7 @@ class Victims(Desk):
             if waiter in self._blocked:  # enough has been freed, and will be there when a hold has ended
                 yield None
                 continue
-            victim = self._victim_for(waiter, stage.victim)
+            victim = self._victim_for(waiter, stage)
             if victim is not None:
                 if not (yield from self._take_out(waiter, victim, stage)):
                     break
@@ -93,8 +93,9 @@ class Victims(Desk):
         if tell is not None and transfer.reason != FREED:
             tell(victim.request_id, SUSPENDED if transfer.ok else INTACT)
 
-    def _victim_for(self, waiter, choice):
+    def _victim_for(self, waiter, stage):
         """The lease to take, marked as such; None where none may be taken, or all of them would not be enough."""
+        choice = stage.victim
         with self._turn:
             self._settle_accounts(list(self._live))
             self._note_growth()
@@ -104,6 +105,8 @@ class Victims(Desk):
             if choice == "priority":
                 leases = [each for each in leases if each.priority < waiter.priority]
                 leases.sort(key=lambda lease: lease.priority)
+            if isinstance(stage, Swap) and waiter.total > waiter.room:
+                return None  # what is suspended is its tenant's still
             leases = self._of_use(waiter, leases)
             if not leases:
                 return None

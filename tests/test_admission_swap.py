@@ -383,6 +383,17 @@ def test_nobody_is_swapped_out_where_all_of_them_would_not_be_enough(cache):
     assert not cache.is_suspended("a")
 
 
+@pytest.mark.parametrize("limit", [TenantLimit(sequences=1), TenantLimit(tokens=20)])
+def test_nobody_is_swapped_out_where_it_is_the_tenants_limit_that_is_in_the_way(cache, limit):
+    queue = AllocationQueue(cache, Swap(), tenants={"t": limit})
+    queue.allocate("a", 16, tenant="t")
+    queue.allocate("other", 16)
+    assert queue.allocate("b", 16, tenant="t").reason == "tenant_limit"
+    assert cache.stats().suspended_sequences == 0
+    assert queue.allocate("b", 16, tenant="t", strategy=Swap() | Evict())
+    assert list(cache) == ["other", "b"]
+
+
 def test_nobody_is_swapped_out_inside_a_hold_of_ones_own(cache):
     queue = AllocationQueue(cache, Swap())
     queue.allocate("a", 64)
