@@ -12,6 +12,7 @@ cdef class Journey:
     cdef readonly int64_t tokens
     cdef readonly int64_t limit
     cdef readonly object ids       # int32 array of the leading tokens whose ids are known
+    cdef bint asked                # somebody has found it on its way, and has to be told when it rests
     cdef readonly bint moving      # on its way out or back: one transfer at a time
     cdef readonly int64_t in_place  # leading tokens that the index had, where it came back without its chunks
     cdef public object chunks      # for whoever carries it: what has been put where
@@ -28,6 +29,8 @@ cdef class TravelCore(CacheCore):
     cdef object entries_of(self, object request_ids)
     cdef bint is_away(self, Journey journey) except -1
     cdef int forget(self, Journey journey) except -1
+    cdef int rest(self, Journey journey) except -1
+    cdef int tell_of(self, Journey journey) except -1
     cdef int give_up(self, Journey journey, double when) except -1
     cdef int detach(self, Journey journey) except -1
     cdef void attach(self, Journey journey) noexcept nogil

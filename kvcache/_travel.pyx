@@ -5,6 +5,8 @@ finds that it does not live, while its blocks move about as they always do. Its 
 """
 
 import cython
+import logging
+
 import numpy as np
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
@@ -43,6 +45,8 @@ from kvcache._sequences cimport change_limit, cut, pool_unlock, raise_marks, ret
 from kvcache._writes cimport span_positions
 
 from kvcache.errors import KVCacheError, Suspended, UnknownSequence
+
+LOG = logging.getLogger("kvcache")
 
 
 cdef class Journey:
@@ -144,7 +148,32 @@ cdef class TravelCore(CacheCore):
     def _is_moving(self, request_id):
         """Whether it is on its way out or back."""
         cdef Journey journey = self.journey_of(request_id)
-        return journey is not None and journey.moving
+        cdef bint moving = False
+        if journey is not None:
+            self.lock_pool()
+            moving = journey.moving
+            journey.asked = journey.asked or moving
+            pool_unlock(&self.pool)
+        return moving
+
+    cdef int rest(self, Journey journey) except -1:
+        """It is not on its way any more, and is where it was."""
+        cdef bint asked
+        self.lock_pool()
+        asked, journey.asked, journey.moving = journey.asked, False, False
+        pool_unlock(&self.pool)
+        if asked:
+            self.tell_of(journey)
+        return 0
+
+    cdef int tell_of(self, Journey journey) except -1:
+        """Tells whoever watches; what they raise changes nothing of what has been done."""
+        if self.watchers is not None:
+            try:
+                self.tell(journey.record.request_id)
+            except Exception as error:
+                LOG.error("a watcher of the cache failed", exc_info=error)
+        return 0
 
     def _is_live(self, Allocation record not None):
         """Whether the very sequence that was granted lives, suspended or not."""
@@ -262,8 +291,7 @@ cdef class TravelCore(CacheCore):
         journey.moving = False
         if status != OK:
             self.forget(journey)
-        if self.watchers is not None:
-            self.tell(journey.record.request_id)
+        self.tell_of(journey)
         return status == OK and self.is_away(journey)
 
     cdef bint is_away(self, Journey journey) except -1:
@@ -327,6 +355,7 @@ cdef class TravelCore(CacheCore):
             raise ValueError(f"the sequence with the id {request_id!r} is not suspended")
         self.lock_pool()
         if journey.moving:
+            journey.asked = True
             pool_unlock(&self.pool)
             raise Suspended(request_id=request_id)
         journey.moving = True
@@ -353,7 +382,7 @@ cdef class TravelCore(CacheCore):
             self._abandoned(journey)
             raise UnknownSequence(request_id=request_id)
         if status != OK:
-            journey.moving = False
+            self.rest(journey)
             if status == HELD and not (patient or mine):
                 return False
             self.answer(status, request_id)
@@ -408,8 +437,8 @@ cdef class TravelCore(CacheCore):
         journey.moving = False
         if ok or not there:
             self.forget(journey)
-        if there and self.watchers is not None:
-            self.tell(journey.record.request_id)
+        if there:
+            self.tell_of(journey)
         return there and (ok or self.is_away(journey))
 
     # -- bytes, one chunk at a time

@@ -332,6 +332,8 @@ class AllocationQueue(Courses):
         """Looks again: after frees that the cache's own calls do not tell of, and for deadlines of an own clock."""
         with self._turn:
             self._settle_accounts(list(self._live))
+            for request_id in list(self._ids):
+                self._look_again(request_id)
             self._grant()
             if self._virtual:
                 self._wake_late()

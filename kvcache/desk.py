@@ -147,10 +147,18 @@ class Desk:
                 self._give_up(about)
             elif about is not self._cache:
                 self._settle_accounts((about,))
-                if about in self._ids:
-                    self._ids[about].look_again(self)
+                self._look_again(about)
         if self._waiters.count:
             self._grant()
+
+    def _look_again(self, request_id):
+        """Has one in line see what has become of its id."""
+        waiter = self._ids.get(request_id)
+        if waiter is not None:
+            try:
+                waiter.look_again(self)
+            except KVCacheError as error:  # gone in between
+                self._finish(waiter, error=error)
 
     def _settle_accounts(self, request_ids):
         """Takes what has been freed off its tenant's account, and reads limits that have changed."""
@@ -279,13 +287,13 @@ class Desk:
         self._waiters.remove(waiter)
         if self._ids.get(waiter.request_id) is waiter:
             del self._ids[waiter.request_id]
+        waiter.lease, waiter.error, waiter.reason, waiter.done = lease, error, reason, True
+        self._woken.append(waiter)
         if lease is None:
             self._drop_if_idle(waiter.tenant)
             self._count_loss(waiter, error, reason)
         else:
             waiter.note_grant(self, self._clock() - waiter.since)
-        waiter.lease, waiter.error, waiter.reason, waiter.done = lease, error, reason, True
-        self._woken.append(waiter)
 
     def _count_loss(self, waiter, error, reason):
         if waiter.tally is None:  # never had a place: its id lived, or the queue was closed

@@ -66,10 +66,11 @@ class Outside:
 
     def _bring_back(self, request_id, recompute):
         """As `resume`, but False where it would wait for a hold; a sequence that is not suspended has arrived."""
-        carrier = self._carries()
         if self.is_suspended(request_id):
-            return carrier.resume(request_id, recompute, patient=False)
-        return carrier.arrival(request_id)
+            return self._carries().resume(request_id, recompute, patient=False)
+        from kvcache.suspension import arrival
+
+        return arrival(request_id, self.used_tokens(request_id))
 
     def save(self, path, request_ids=None):
         """Write what is cached to a file: prefixes that have been freed, and what live sequences have committed.
@@ -149,4 +150,4 @@ class Outside:
     def _abandoned(self, journey):
         """A suspended sequence has been freed: nobody wants its chunks."""
         if journey.chunks is not None:
-            journey.chunks.delete()
+            self._carrier.forget(journey.chunks)

@@ -1,7 +1,10 @@
 """A lock for Python code that many threads want at once."""
 
 import threading
+import time
 from collections import deque
+
+PATIENCE = 0.1  # seconds after which a thread that is woken in vain is given the lock
 
 
 class ParkingLock:
@@ -10,7 +13,7 @@ class ParkingLock:
     `threading.Lock` may be handed to a thread that still has to wait for the interpreter. The one that runs then finds
     it taken and goes to sleep, and so does the next: a switch of threads for each time that somebody has it. Here a
     thread that finds it taken parks; a release wakes one that has parked, one at a time, and that one tries like
-    everybody else once it runs.
+    everybody else once it runs. Who has tried in vain for a tenth of a second is handed it, so that nobody starves.
 
     Attributes
     ----------
@@ -18,12 +21,13 @@ class ParkingLock:
         ``take(False)`` takes it if nobody has it: True or False, at once.
     """
 
-    __slots__ = ("_lock", "_parked", "_waking", "take")
+    __slots__ = ("_heirs", "_lock", "_parked", "_waking", "take")
 
     def __init__(self):
         self._lock = threading.Lock()
         self.take = self._lock.acquire
         self._parked = deque()  # gates of threads, each shut until it is woken
+        self._heirs = deque()  # gates of those to whom a release gives it
         self._waking = False  # one has been woken and has not run since
 
     def acquire(self):
@@ -33,7 +37,13 @@ class ParkingLock:
 
     def release(self):
         """Gives it up."""
-        self._lock.release()
+        while True:
+            if self._heirs:
+                self._heirs.popleft().release()  # only an owner takes from there
+                return
+            self._lock.release()
+            if not (self._heirs and self.take(False)):  # an heir that came in between
+                break
         if self._parked and not self._waking:
             self._wake()
 
@@ -57,7 +67,7 @@ class ParkingLock:
         gate.release()
 
     def _park(self):
-        gate = threading.Lock()
+        gate, patience = threading.Lock(), time.monotonic() + PATIENCE
         gate.acquire()
         while True:
             self._parked.append(gate)
@@ -74,6 +84,24 @@ class ParkingLock:
             self._waking = False
             if self.take(False):
                 return
+            if time.monotonic() > patience:
+                self._inherit(gate)
+                return
+
+    def _inherit(self, gate):
+        """Waits until it is handed over."""
+        self._heirs.append(gate)
+        if self.take(False):
+            self._heirs.remove(gate)
+            return
+        try:
+            gate.acquire()
+        except BaseException:  # a signal
+            try:
+                self._heirs.remove(gate)
+            except ValueError:  # it has been handed over
+                self.release()
+            raise
 
     def _leave(self, gate):
         try:

@@ -118,5 +118,6 @@ class Swap(MakeRoom):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.store is not None and not callable(getattr(self.store, "put", None)):
-            raise TypeError(f"store must be a ChunkStore, {type(self.store).__name__} has no put")
+        is_store = callable(getattr(self.store, "put", None)) and not isinstance(self.store, type)
+        if self.store is not None and not is_store:
+            raise TypeError(f"store must be a ChunkStore, not {self.store!r}")

@@ -43,6 +43,8 @@ class Transfer:
         been freed, or the cache closed).
     """
 
+    travelled = True  # not, of one that was here already
+
     def __init__(self, request_id, tokens):
         self.request_id = request_id
         self.tokens = tokens
@@ -70,17 +72,24 @@ class Transfer:
         ----------
         callback : callable
             It must not wait for another transfer. What it raises is logged.
+
+        Raises
+        ------
+        TypeError
+            It cannot be called.
         """
+        if not callable(callback):
+            raise TypeError(f"callback must be callable, not {type(callback).__name__}")
         self._callbacks.append(callback)
         if self.done():
-            self._call_back()
+            self._call_back(Exception)
 
     def _end(self, reason=None):
         self.ok, self.reason = reason is None, reason
         self._over.set()
-        self._call_back()
+        self._call_back(BaseException)
 
-    def _call_back(self):
+    def _call_back(self, logged):
         while True:
             try:
                 callback = self._callbacks.pop(0)
@@ -88,8 +97,16 @@ class Transfer:
                 return
             try:
                 callback(self)
-            except Exception as error:  # the thread has others to carry
+            except logged as error:  # the thread that carries has others to carry
                 LOG.error("a callback of %r failed", self, exc_info=error)
+
+
+def arrival(request_id, tokens):
+    """The `Transfer` of a sequence that is here already."""
+    transfer = Transfer(request_id, tokens)
+    transfer.travelled = False
+    transfer._end()
+    return transfer
 
 
 class Staging:
@@ -168,7 +185,7 @@ def _asked(call):
     """What a store answers, None where it raises: a store of somebody else's must not end the thread that carries."""
     try:
         return call()
-    except Exception:  # noqa: BLE001
+    except BaseException:  # noqa: BLE001
         return None
 
 
@@ -232,11 +249,12 @@ class Carrier:
             self._begin((self._fetch, journey, transfer))
         return transfer
 
-    def arrival(self, request_id):
-        """The `Transfer` of a sequence that is here already."""
-        transfer = Transfer(request_id, self._cache().used_tokens(request_id))
-        transfer._end()
-        return transfer
+    def forget(self, parcel):
+        """Have it deleted by the thread that carries: whoever frees may be a finalizer, in the middle of a store."""
+        if self._closed:
+            parcel.delete()
+        else:
+            self._tasks.put((parcel.delete,))
 
     def close(self, timeout=JOB_SECONDS):
         """End what is under way: with the arena gone it ends at the next chunk."""
@@ -442,6 +460,6 @@ def _carry(tasks):
         if task is None:
             return
         work, *arguments = task
-        with contextlib.suppress(Exception):  # the transfer has been told of it
+        with contextlib.suppress(BaseException):  # the transfer has been told of it
             work(*arguments)
         del task, work, arguments  # a cache is not kept alive while the next one is awaited

@@ -47,7 +47,7 @@ class Victims(Desk):
         if not isinstance(stage, Swap):
             self._evict(victim, stage.notify)
             return True
-        transfer = self._swap(victim, stage)
+        transfer = self._swap(waiter, victim, stage)
         if transfer is None:
             return True
         transfer.add_done_callback(lambda _: waiter.sleeper.wake())
@@ -67,19 +67,25 @@ class Victims(Desk):
             with self._turn:
                 victim._holder.tally.evicted += 1
 
-    def _swap(self, victim, stage):
-        """The `Transfer` of the victim to the store; None where it has been freed, or suspended, by others since."""
+    def _swap(self, waiter, victim, stage):
+        """The `Transfer` of the victim to the store, or of its owner's own; None where there is none (any more)."""
         tell = victim.on_swap or stage.notify
+        transfer, leaves = None, False
         try:
             if tell is not None:
                 tell(victim.request_id, LEAVING)
-            transfer = self._cache._carries().suspend(victim.request_id, stage.store, victim.allocation)
-        except (UnknownSequence, Suspended):
-            victim._leaving = False
-            return None
-        except BaseException:
-            victim._leaving = False
-            raise
+                if waiter.done:  # granted or given up meanwhile: nothing is needed
+                    tell(victim.request_id, INTACT)
+                    return None
+            try:
+                transfer = self._cache._carries().suspend(victim.request_id, stage.store, victim.allocation)
+                leaves = True
+            except UnknownSequence:  # freed by its owner since
+                return None
+            except Suspended:  # by its owner
+                return self._cache._transfer_of(victim.request_id)
+        finally:
+            victim._leaving = leaves
         transfer.add_done_callback(partial(self._note_swap, victim, tell))
         return transfer
 

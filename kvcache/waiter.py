@@ -94,11 +94,11 @@ class Waiter:
     def reply(self, room, reason, waited):
         """The `Refusal` of one that has left the queue; `reason` says more than the numbers, if given."""
         tenant = None if self.tenant is None else self.tenant.name
-        verdict = room.judge(self.request_id, self.tokens, self.limit, self.least, tenant=tenant)
+        verdict = room.judge(self.request_id, max(self.tokens, 1), self.limit, self.least, tenant=tenant)
         if isinstance(verdict, Fits):  # but what there is, is kept for somebody else
             numbers = (verdict.blocks_needed, verdict.blocks_free, verdict.blocks_unclaimed, 0, 0)
             verdict = Refusal("promises", self.request_id, self.tokens, self.limit, *numbers, tenant)
-        return replace(verdict, reason=reason or verdict.reason, waited=waited)
+        return replace(verdict, tokens=self.tokens, reason=reason or verdict.reason, waited=waited)
 
 
 class Newcomer(Waiter):
@@ -348,7 +348,7 @@ class Returner(Waiter):
             return None
 
     def note_grant(self, desk, waited):
-        self.tally.resumed += 1
+        self.tally.resumed += self.lease.travelled
 
     def losses(self, tally):
         return tally.resume_refused

@@ -1,6 +1,7 @@
 """Swapping: a victim's K/V leave for a store and come back byte for byte, and its owner knows where they are."""
 
 import asyncio
+import contextlib
 import threading
 import time
 
@@ -762,3 +763,109 @@ def test_who_comes_back_past_the_queue_is_its_tenants_too(cache):
     assert queue.stats().tenants["t"].blocks == 4
     assert queue.allocate("c", 64, strategy=Evict())  # it may be ended, as any of the queue's
     assert list(cache) == ["c"]
+
+
+# ---- what owners and others may do meanwhile
+
+
+def test_an_owner_whose_callback_looks_for_what_is_gone_is_asked_once(cache):
+    asked = []
+
+    def look(request_id, event):
+        asked.append(event)
+        cache.used_tokens("gone")
+
+    queue = AllocationQueue(cache, Swap())
+    queue.allocate("a", 40, on_swap=look)
+    with pytest.raises(UnknownSequence):
+        queue.allocate("b", 40)
+    assert asked == ["leaving"] and not cache.is_suspended("a")
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, asyncio.CancelledError])
+def test_whatever_a_callback_raises_afterwards_the_next_one_is_carried(cache, error):
+    def leave(request_id, event):
+        if event == "suspended":
+            raise error
+
+    queue = AllocationQueue(cache, Swap())
+    queue.allocate("a", 40, on_swap=leave)
+    data = fill(cache, "a", 1)
+    with queue.allocate("b", 40):
+        pass
+    assert queue.resume("a").ok
+    np.testing.assert_array_equal(contents(cache, "a"), data)
+
+
+@pytest.mark.parametrize("end", ["cancel", "close"])
+def test_nobody_leaves_for_one_that_is_given_up_meanwhile(cache, end):
+    told = []
+
+    def give_up(request_id, event):
+        told.append(event)
+        if event == "leaving":
+            queue.cancel("b") if end == "cancel" else queue.close()
+
+    queue = AllocationQueue(cache, Swap())
+    queue.allocate("a", 40, on_swap=give_up)
+    assert queue.allocate("b", 40).reason == "cancelled"
+    assert told == ["leaving", "intact"] and not cache.is_suspended("a")
+
+
+def test_an_owner_that_suspends_itself_when_it_is_asked_makes_room(cache):
+    store = Faulty()
+    queue = AllocationQueue(cache, Swap())
+    queue.allocate("a", 40, on_swap=lambda request_id, event: cache.suspend(request_id, store))
+    data = fill(cache, "a", 1)
+    with queue.allocate("b", 40) as lease:
+        assert lease
+    assert queue.resume("a").ok
+    np.testing.assert_array_equal(contents(cache, "a"), data)
+
+
+def test_a_finalizer_in_the_middle_of_a_store_may_free_what_is_in_it(cache):
+    store = MemoryStore(1 << 20)
+    queue = AllocationQueue(cache, Swap(store))
+    queue.allocate("a", 40)
+    assert queue.allocate("b", 40)
+    with store._lock:  # as when garbage is collected there
+        assert cache.free_for("a")
+    until(lambda: len(store) == 0)
+
+
+def test_a_return_refused_to_somebody_else_meanwhile_is_not_lost(cache):
+    queue = AllocationQueue(cache, Wait())
+    swapped_out(cache, queue, "a")
+    cache.allocate_for("full", 64)
+    stop, answers = threading.Event(), []
+
+    def ask_again_and_again():
+        while not stop.is_set():
+            with contextlib.suppress(Suspended):
+                assert cache.resume("a") is None
+
+    other = threading.Thread(target=ask_again_and_again)
+    asker = threading.Thread(target=lambda: answers.append(queue.resume("a")))
+    other.start(), asker.start()
+    time.sleep(0.05)
+    stop.set()
+    other.join(SOON)
+    assert cache.free_for("full")
+    asker.join(SOON)
+    assert answers and answers[0].ok
+
+
+def test_one_that_was_here_all_the_time_has_not_returned(cache):
+    queue = AllocationQueue(cache)
+    queue.allocate("a", 16)
+    assert queue.resume("a").ok
+    assert queue.stats().tenants[""].resumed == 0
+
+
+def test_an_empty_one_that_does_not_fit_is_told_the_block_that_is_missing(cache):
+    queue = AllocationQueue(cache)
+    queue.allocate("a", 4, max_tokens=8)
+    assert cache.truncate("a", 0) and cache.suspend("a").wait(SOON)
+    cache.allocate_for("full", 64)
+    refused = queue.resume("a")
+    assert (refused.reason, refused.tokens, refused.blocks_missing) == ("arena_full", 0, 2)

@@ -181,3 +181,22 @@ def test_a_thread_that_is_interrupted_while_it_has_parked_leaves_and_wakes_the_n
             lock.release()
     assert got == [1]
     assert_idle(lock)
+
+
+def test_nobody_starves_beside_threads_that_want_nothing_else():
+    """The one that has it gives the interpreter up, so that who is woken always finds it taken."""
+    lock, stop, counts = ParkingLock(), time.monotonic() + 3.0, [0] * 5
+
+    def want(number):
+        while time.monotonic() < stop:
+            with lock:
+                time.sleep(1e-5)
+                counts[number] += 1
+
+    threads = [threading.Thread(target=want, args=(number,)) for number in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert min(counts) >= 3, counts
+    assert not lock.locked() and not lock._heirs and not lock._parked
