@@ -227,7 +227,7 @@ class Storm:
         assert answered == self.happened["requests"], (answered, self.happened["requests"])
         assert self.happened["evicted"] <= self.happened["owners told"]
         assert self.happened["swapped"] == self.happened["told suspended"]
-        assert self.happened["swaps failed"] == self.happened["told intact"]
+        assert self.happened["swaps failed"] <= self.happened["told intact"]  # or nobody needed it any more
         queue.close()
         cache.close()
         self.disk.close(STILL_SECONDS)
