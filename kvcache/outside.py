@@ -24,7 +24,7 @@ class Outside:
         ----------
         request_id : hashable
         store : kvcache.store.ChunkStore, optional
-            Where to; by default host memory, at most twice as much as the arena has.
+            Where to; by default host memory, at most twice what the arena has and two pages a block.
 
         Returns
         -------

@@ -37,18 +37,18 @@ class Transfer:
     ok : bool
         Whether all of them have arrived; False until then. A suspend that ends without leaves the sequence as it was, a
         resume that does leaves it suspended.
+    travelled : bool
+        False of a sequence that was to be brought back, and was here already.
     reason : str or None
         Why it ended without: ``"full"`` (no room in the store, or in staging, now), ``"failed"`` (the store did not do
         it, or not in time), ``"lost"`` (chunks are no longer there, or not as they were), ``"freed"`` (the sequence has
         been freed, or the cache closed).
     """
 
-    travelled = True  # not, of one that was here already
-
     def __init__(self, request_id, tokens):
         self.request_id = request_id
         self.tokens = tokens
-        self.ok = False
+        self.ok, self.travelled = False, True
         self.reason = None
         self._over = threading.Event()
         self._callbacks = []  # each is called once, by whoever takes it out

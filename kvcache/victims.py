@@ -70,7 +70,7 @@ class Victims(Desk):
     def _swap(self, waiter, victim, stage):
         """The `Transfer` of the victim to the store, or of its owner's own; None where there is none (any more)."""
         tell = victim.on_swap or stage.notify
-        transfer, leaves = None, False
+        leaves = False
         try:
             if tell is not None:
                 tell(victim.request_id, LEAVING)

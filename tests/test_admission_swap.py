@@ -8,11 +8,12 @@ import time
 import numpy as np
 import pytest
 from crowd import Crowd
+from faulty import Faulty
 
 from kvcache import KVCache, UnknownSequence
 from kvcache.admission import AllocationQueue, Evict, Reduce, Reject, Swap, TenantLimit, Wait
 from kvcache.errors import CacheHeld, Suspended
-from kvcache.store import Outcome, SettledJob
+from kvcache.store import Outcome
 from kvcache.store_files import DirectoryStore
 from kvcache.store_memory import MemoryStore
 
@@ -74,49 +75,8 @@ class Owner:
         until(lambda: event in self.told)
 
 
-class Faulty:
-    """A store in memory that does `fault` on the nth `call`, counted from 0, and on `times` - 1 calls after it."""
-
-    def __init__(self, call=None, nth=0, fault=None, times=1):
-        self.call, self.numbers, self.fault = call, range(nth, nth + times), fault
-        self.counts = {"put": 0, "get": 0}
-        self.inner = MemoryStore(1 << 20, 1 << 16, evict=False)
-        self.gate = threading.Event()
-        self.gate.set()
-
-    def _do(self, call, keys, buffers, timeout):
-        self.gate.wait(SOON)
-        number = self.counts[call]
-        self.counts[call] += 1
-        if call == self.call and number in self.numbers:
-            return self.fault(self, keys, buffers)
-        return getattr(self.inner, call)(keys, buffers, timeout=timeout)
-
-    def put(self, keys, buffers, *, timeout):
-        return self._do("put", keys, buffers, timeout)
-
-    def get(self, keys, buffers, *, timeout):
-        return self._do("get", keys, buffers, timeout)
-
-    def register(self, memory):
-        self.inner.register(memory)
-
-    def contains(self, keys, *, timeout):
-        return self.inner.contains(keys, timeout=timeout)
-
-    def delete(self, keys, *, timeout):
-        return self.inner.delete(keys, timeout=timeout)
-
-    def close(self, timeout):
-        self.inner.close(timeout)
-
-
 def raises(store, keys, buffers):
     raise OSError(28, "No space left on device")
-
-
-def answers(outcome):
-    return lambda store, keys, buffers: SettledJob([outcome])
 
 
 def damaged(store, keys, buffers):
@@ -239,8 +199,8 @@ def test_a_callback_that_fails_afterwards_is_logged(cache, caplog):
 # ---- faults
 
 
-PUT_FAULTS = {"raises": raises, "fails": answers(Outcome.FAILED), "is full": answers(Outcome.FULL)}
-GET_FAULTS = {"raises": raises, "fails": answers(Outcome.FAILED), "has lost it": answers(Outcome.MISS)}
+PUT_FAULTS = {"raises": raises, "fails": Outcome.FAILED, "is full": Outcome.FULL}
+GET_FAULTS = {"raises": raises, "fails": Outcome.FAILED, "has lost it": Outcome.MISS}
 
 
 @pytest.mark.parametrize("fault", PUT_FAULTS)

@@ -10,6 +10,7 @@ import weakref
 
 import numpy as np
 import pytest
+from faulty import Faulty
 
 from kvcache import KVCache, KVCacheError, UnknownSequence, suspension
 from kvcache._travel import TravelCore
@@ -58,6 +59,17 @@ def contents(cache, request_id):
     return np.stack(views)
 
 
+class Clock:
+    """Raises once it is stopped."""
+
+    stopped = False
+
+    def __call__(self):
+        if self.stopped:
+            raise RuntimeError("no time")
+        return 1.0
+
+
 def emptied(store):
     """What nobody wants is deleted by the thread that carries: soon."""
     end = time.monotonic() + SOON
@@ -76,42 +88,6 @@ def resumed(cache, request_id, **options):
     transfer = cache.resume(request_id, **options)
     assert transfer.wait(SOON) and transfer.ok, transfer
     return transfer
-
-
-class Failing:
-    """A store in memory that answers as it is told to on the nth call of a kind, counted from 0."""
-
-    def __init__(self, call, nth, answer):
-        self.call, self.nth, self.answer = call, nth, answer
-        self.counts = {"put": 0, "get": 0}
-        self.inner = MemoryStore(1 << 20, 1 << 16)
-
-    def _do(self, call, keys, buffers, timeout):
-        number = self.counts[call]
-        self.counts[call] += 1
-        if call == self.call and number == self.nth:
-            if isinstance(self.answer, Outcome):
-                return SettledJob([self.answer])
-            return self.answer(self, keys, buffers)
-        return getattr(self.inner, call)(keys, buffers, timeout=timeout)
-
-    def put(self, keys, buffers, *, timeout):
-        return self._do("put", keys, buffers, timeout)
-
-    def get(self, keys, buffers, *, timeout):
-        return self._do("get", keys, buffers, timeout)
-
-    def register(self, memory):
-        self.memory = memory
-
-    def contains(self, keys, *, timeout):
-        return self.inner.contains(keys, timeout=timeout)
-
-    def delete(self, keys, *, timeout):
-        return self.inner.delete(keys, timeout=timeout)
-
-    def close(self, timeout):
-        self.inner.close(timeout)
 
 
 # ---- there and back
@@ -393,7 +369,7 @@ PUTS = [(Outcome.FULL, "full"), (Outcome.FAILED, "failed"), (gone_mad, "failed")
 @pytest.mark.parametrize("nth", [0, 1, 3])
 @pytest.mark.parametrize("answer, reason", PUTS)
 def test_a_put_that_fails_leaves_the_sequence_intact(cache, nth, answer, reason):
-    store = Failing("put", nth, answer)
+    store = Faulty("put", nth, answer)
     cache.allocate_for("a", 30, max_tokens=33)
     data = fill(cache, "a", 1)
     batch = cache.batch(["a"])
@@ -430,7 +406,7 @@ GETS = [
 @pytest.mark.parametrize("nth", [0, 1, 3])
 @pytest.mark.parametrize("answer, reason", GETS)
 def test_a_get_that_fails_leaves_the_id_suspended_and_no_block_held(cache, nth, answer, reason):
-    store = Failing("get", nth, answer)
+    store = Faulty("get", nth, answer)
     cache.allocate_for("a", 30)
     data = fill(cache, "a", 1)
     suspended(cache, "a", store)
@@ -485,7 +461,7 @@ def test_recompute_that_does_not_fit_changes_nothing(cache):
     np.testing.assert_array_equal(contents(cache, "a"), data)
 
 
-class Slow(Failing):
+class Slow(Faulty):
     """A store whose jobs end when the test says."""
 
     def __init__(self):
@@ -610,7 +586,7 @@ def test_staging_that_a_store_does_not_give_back_is_full_now(cache, impatient):
     cache.allocate_for("a", 8)
     data = fill(cache, "a", 1)
     for _ in range(suspension.NUM_STAGED):
-        transfer = cache.suspend("a", Failing("put", 0, never))
+        transfer = cache.suspend("a", Faulty("put", 0, never))
         assert transfer.wait(SOON) and transfer.reason == "failed"
     assert all(job.cancelled for job in jobs)
     transfer = cache.suspend("a")
@@ -667,38 +643,26 @@ def test_a_carrier_whose_cache_is_let_go_ends_its_thread():
 
 
 def test_a_clock_that_raises_keeps_nobody_on_the_way():
-    raises = []
-
-    def clock():
-        if raises:
-            raise RuntimeError("no time")
-        return 1.0
-
+    clock = Clock()
     with KVCache(LAYERS, HEADS, WIDTH, 64, BLOCK, clock=clock) as cache:
         cache.allocate_for("a", 9)
         data = fill(cache, "a", 1)
-        raises.append(True)
+        clock.stopped = True
         suspended(cache, "a")
         resumed(cache, "a")
         np.testing.assert_array_equal(contents(cache, "a"), data)
 
 
 def test_a_free_that_cannot_read_the_clock_leaves_a_suspended_sequence_as_it_was():
-    raises = []
-
-    def clock():
-        if raises:
-            raise RuntimeError("no time")
-        return 1.0
-
+    clock = Clock()
     with KVCache(LAYERS, HEADS, WIDTH, 64, BLOCK, clock=clock) as cache:
         cache.allocate_for("a", 9)
         data = fill(cache, "a", 1)
         suspended(cache, "a")
-        raises.append(True)
+        clock.stopped = True
         with pytest.raises(RuntimeError, match="no time"):
             cache.free_for("a")
-        raises.clear()
+        clock.stopped = False
         cache.check()
         assert "a" in cache and cache.used_tokens("a") == 9
         resumed(cache, "a")
